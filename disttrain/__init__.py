@@ -1,0 +1,3 @@
+"""disttrain: teach Stable Diffusion new subjects on one process or on many nodes, from one config."""
+
+__version__ = "0.1.0"

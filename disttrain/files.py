@@ -1,0 +1,231 @@
+"""Writing files so that a crash leaves the old one or the new one, and reading them within bounds.
+
+The only module that renames and hashes. Invariant: a path written through here is either absent,
+the complete previous content, or the complete new content; temporary names start with a dot and
+end in `.tmp`, and nothing reads them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from disttrain.errors import DataError, UserError
+
+if TYPE_CHECKING:
+    import torch
+
+TEXT_LIMIT = 64 * 2**20
+
+
+def sync_folder(folder: Path) -> None:
+    """Make a rename in `folder` durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def atomic_writer(path: Path) -> Iterator[IO[bytes]]:
+    """A binary file that becomes `path` when the block ends without an exception."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    temporary = Path(name)
+    try:
+        with os.fdopen(descriptor, "wb") as handle:
+            yield handle
+            handle.flush()
+            os.fsync(handle.fileno())
+        temporary.chmod(0o666 & ~_umask())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """A folder that becomes `path` when the block ends; every file in it is synced first.
+
+    An existing folder at `path` is replaced: it is moved aside, then removed.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        yield temporary
+        for found in sorted(temporary.rglob("*")):
+            if found.is_file():
+                with found.open("rb") as handle:
+                    os.fsync(handle.fileno())
+            else:
+                sync_folder(found)
+        temporary.chmod(0o777 & ~_umask())
+        sync_folder(temporary)
+        if path.exists():
+            aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+            os.replace(path, aside / "old")
+            os.replace(temporary, path)
+            shutil.rmtree(aside)
+        else:
+            os.replace(temporary, path)
+        sync_folder(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` atomically."""
+    with atomic_writer(path) as handle:
+        handle.write(data)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace `path` by `text` (UTF-8) atomically."""
+    write_bytes(path, text.encode())
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by indented JSON atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(
+    path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Replace `path` by a safetensors file atomically. Tensors are copied to contiguous CPU memory."""
+    from safetensors.torch import save
+
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_bytes(path, save(plain, metadata=metadata))
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder so that a crash half-way leaves no folder of that name."""
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    os.replace(path, aside / "old")
+    shutil.rmtree(aside)
+
+
+def remove_temporaries(folder: Path) -> None:
+    """Clear what killed writers left directly in `folder`; call only under the run's lock."""
+    for left in folder.glob(".*.tmp"):
+        if left.is_dir():
+            shutil.rmtree(left, ignore_errors=True)
+        else:
+            left.unlink(missing_ok=True)
+
+
+def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
+    """UTF-8 text of a file of at most `limit` bytes.
+
+    Raises:
+        DataError: missing, unreadable, too large or not UTF-8.
+    """
+    try:
+        size = path.stat().st_size
+        if size > limit:
+            raise DataError(f"{path}: {size} bytes of text, the limit is {limit}")
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
+
+
+def read_json(path: Path, limit: int = TEXT_LIMIT) -> Any:
+    """Parsed JSON of a bounded file.
+
+    Raises:
+        DataError: unreadable or not JSON.
+    """
+    try:
+        return json.loads(read_text(path, limit))
+    except json.JSONDecodeError as error:
+        raise DataError(f"{path}: not JSON (line {error.lineno}: {error.msg})") from error
+    except RecursionError as error:
+        raise DataError(f"{path}: JSON nested too deeply") from error
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file on the CPU.
+
+    Raises:
+        DataError: missing or damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path}: not a readable safetensors file ({error})") from error
+
+
+def sha256_bytes(data: bytes) -> str:
+    """Hex sha256 of bytes."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file's content, read in pieces."""
+    digest = hashlib.sha256()
+    with path.open("rb") as handle:
+        while block := handle.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest_of(value: Any) -> str:
+    """Hex sha256 of a JSON-able value, whatever the order of its keys."""
+    return sha256_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+class FolderLock:
+    """Exclusive use of a folder by one process, released by the system when that process dies.
+
+    Uses flock on `FOLDER/.lock`, so a killed owner leaves nothing stale behind.
+
+    Raises:
+        UserError: another live process holds it; the message names its host and process id.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.handle = (folder / ".lock").open("a+")
+        try:
+            fcntl.flock(self.handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.handle.seek(0)
+            owner = self.handle.read(200).strip() or "another process"
+            self.handle.close()
+            raise UserError(
+                f"{folder} is in use by {owner}; wait for it, stop it, or use --fresh"
+            ) from error
+        self.handle.truncate(0)
+        self.handle.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self.handle.flush()
+
+    def release(self) -> None:
+        """Let the next process in; calling it twice is harmless."""
+        self.handle.close()
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

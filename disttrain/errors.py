@@ -10,7 +10,9 @@ EXIT_DONE = 0
 EXIT_DEFECT = 1
 EXIT_USER_ERROR = 2
 EXIT_TRAINING_FAILED = 3
-EXIT_INTERRUPTED = 75  # BSD sysexits EX_TEMPFAIL: stopped with a checkpoint, the same command goes on
+EXIT_INTERRUPTED = (
+    75  # BSD sysexits EX_TEMPFAIL: stopped with a checkpoint, the same command goes on
+)
 
 
 class UserError(ValueError):

@@ -105,7 +105,7 @@ def write_json(path: Path, value: Any) -> None:
 def write_tensors(
     path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None
 ) -> None:
-    """Replace `path` by a safetensors file atomically. Tensors are copied to contiguous CPU memory."""
+    """Replace `path` by a safetensors file atomically; tensors may lie on any device."""
     from safetensors.torch import save
 
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
@@ -142,9 +142,7 @@ def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8"
-        ) from error
+        raise DataError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
 
 
 def read_json(path: Path, limit: int = TEXT_LIMIT) -> Any:

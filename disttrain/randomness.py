@@ -11,8 +11,12 @@ from __future__ import annotations
 
 import hashlib
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    import torch
 
 Stream = tuple[str, ...]
 
@@ -26,7 +30,7 @@ def _key(seed: int, stream: Stream) -> int:
 def generator(seed: int, stream: Stream, index: int = 0) -> np.random.Generator:
     """A fresh generator for one (seed, stream, index); two calls give the same numbers.
 
-    `index` occupies the third word of Philox's 256-bit counter, which leaves 2**128 numbers to each.
+    `index` is the third word of Philox's 256-bit counter, which leaves 2**128 numbers to each.
     """
     counter = np.array([0, 0, index, 0], dtype=np.uint64)
     return np.random.Generator(np.random.Philox(counter=counter, key=_key(seed, stream)))
@@ -50,3 +54,10 @@ def integer(high: int, seed: int, stream: Stream, index: int = 0) -> int:
 def permutation(size: int, seed: int, stream: Stream, index: int = 0) -> np.ndarray:
     """A permutation of `range(size)` as int64."""
     return generator(seed, stream, index).permutation(size)
+
+
+def initial_latents(shape: tuple[int, ...], seed: int) -> torch.Tensor:
+    """The noise a picture starts from: what diffusers pipelines draw for a CPU generator's seed."""
+    import torch
+
+    return torch.randn((1, *shape), generator=torch.Generator().manual_seed(seed))[0]

@@ -1,0 +1,36 @@
+# Two commands matter: `make demo` (first results in minutes) and `make test`.
+PYTHON ?= python3.11
+BIN := .venv/bin
+SOURCES := disttrain tests examples
+
+.PHONY: install demo test test-all check format clean
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) not found; make PYTHON=python3.12 install"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/disttrain train configs/lora.yaml --fresh
+	$(BIN)/disttrain train configs/textual_inversion.yaml --fresh
+
+test: install
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff format --check $(SOURCES)
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/pyright
+
+format: install
+	$(BIN)/ruff format $(SOURCES)
+	$(BIN)/ruff check --fix $(SOURCES)
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache

@@ -1,0 +1,7 @@
+"""`python -m disttrain`: what accelerate launch and torchrun start."""
+
+import sys
+
+from disttrain.cli import main
+
+sys.exit(main())

@@ -1,0 +1,169 @@
+"""The command line: each command is a few lines into a module below.
+
+First thing a person meets. Heavy packages are imported inside the commands, so that `--help` is
+instant. Invariant: exit code 0 means done, 2 means something to mend (one line on standard error),
+3 that training went wrong, 75 that a signal stopped it after a checkpoint.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from disttrain import __version__
+from disttrain.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
+
+EXAMPLES = {
+    "train": "disttrain train configs/lora.yaml train.max_steps=200 subjects.0.token=ohwx",
+    "shard": "disttrain shard examples/subjects/fox shards/fox",
+    "sample": 'disttrain sample runs/fox-lora --prompt "a photo of {token} {class_name}"',
+    "doctor": "disttrain doctor",
+    "keys": "disttrain keys optim",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command-line surface."""
+    parser = argparse.ArgumentParser(
+        prog="disttrain",
+        description="Teach Stable Diffusion new subjects: textual inversion, LoRA and DreamBooth, "
+        "on one process or many.",
+        epilog="Start with: disttrain train configs/lora.yaml",
+    )
+    parser.add_argument("--version", action="version", version=f"disttrain {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    train = _command(commands, "train", "teach the subjects of a config; goes on where it stopped")
+    train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, see configs/")
+    train.add_argument(
+        "overrides", nargs="*", metavar="section.key=value", help="settings to change"
+    )
+    train.add_argument("--fresh", action="store_true", help="start over in a new folder NAME-2")
+    train.add_argument(
+        "--dry-run", action="store_true", help="check and print the plan, write nothing"
+    )
+
+    shard = _command(commands, "shard", "turn a folder of pictures into webdataset tar shards")
+    shard.add_argument("source", type=Path, metavar="SRC", help="folder of pictures and captions")
+    shard.add_argument(
+        "destination", type=Path, metavar="DST", help="folder for tars and index.json"
+    )
+    shard.add_argument("--samples-per-shard", type=int, default=1000, help="default 1000")
+
+    sample = _command(commands, "sample", "draw pictures with what a run has learned")
+    sample.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    sample.add_argument("--prompt", required=True, help="with {token} and {class_name}")
+    sample.add_argument("--negative-prompt", default="", help="what not to show")
+    sample.add_argument("--subject", default="", help="which subject; default: the first")
+    sample.add_argument("--step", type=int, help="use the copy saved at this step")
+    sample.add_argument("--count", type=int, default=1, help="pictures to draw, default 1")
+    sample.add_argument("--seed", type=int, default=0, help="seed of the first, default 0")
+    sample.add_argument("--steps", type=int, default=20, help="denoising steps, default 20")
+    sample.add_argument("--guidance-scale", type=float, default=7.5, help="default 7.5")
+    sample.add_argument("--size", type=int, help="side in pixels; default: the run's resolution")
+    sample.add_argument("--output", type=Path, help="folder; default RUN/samples")
+
+    _command(commands, "doctor", "show versions, devices and what is missing")
+    keys = _command(commands, "keys", "list every config key with its help")
+    keys.add_argument("prefix", nargs="?", default="", help="only keys that start with this")
+    return parser
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name, help=text, description=text.capitalize() + ".", epilog=f"example: {EXAMPLES[name]}"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns its exit code."""
+    options = build_parser().parse_args(arguments)
+    try:
+        return COMMANDS[options.command](options)
+    except UserError as error:
+        rank = os.environ.get("RANK", "0")
+        prefix = f"[rank {rank}] " if rank != "0" else ""
+        print(f"{prefix}disttrain: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("disttrain: interrupted before training began", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # output piped into head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_USER_ERROR
+
+
+def _train(options: argparse.Namespace) -> int:
+    from disttrain.config import load_config
+
+    config = load_config(options.config, options.overrides)
+    if options.dry_run:
+        from disttrain.engine.plan import print_plan
+
+        print_plan(config)
+        return EXIT_DONE
+    from disttrain.engine.train import train
+
+    train(config, fresh=options.fresh)
+    return EXIT_DONE
+
+
+def _shard(options: argparse.Namespace) -> int:
+    from disttrain.data.shards import write_shards
+
+    index = write_shards(
+        options.source, options.destination, samples_per_shard=options.samples_per_shard
+    )
+    print(f"wrote {index}")
+    return EXIT_DONE
+
+
+def _sample(options: argparse.Namespace) -> int:
+    from disttrain.review.sample import SampleRequest, sample
+
+    request = SampleRequest(
+        prompt=options.prompt,
+        negative_prompt=options.negative_prompt,
+        subject=options.subject,
+        step=options.step,
+        count=options.count,
+        seed=options.seed,
+        steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        size=options.size,
+    )
+    for path in sample(options.run, request, options.output or options.run / "samples"):
+        print(path)
+    return EXIT_DONE
+
+
+def _doctor(_: argparse.Namespace) -> int:
+    from disttrain.review.doctor import examine
+
+    return examine()
+
+
+def _keys(options: argparse.Namespace) -> int:
+    from disttrain import schema
+    from disttrain.config import RunConfig
+
+    rows = [row for row in schema.describe(RunConfig) if row[0].startswith(options.prefix)]
+    if not rows:
+        raise UserError(f"no key starts with '{options.prefix}'; disttrain keys lists them all")
+    for key, default, text in rows:
+        print(f"{key}  [{default}]\n    " + " ".join(text.split()))
+    return EXIT_DONE
+
+
+COMMANDS = {
+    "train": _train,
+    "shard": _shard,
+    "sample": _sample,
+    "doctor": _doctor,
+    "keys": _keys,
+}

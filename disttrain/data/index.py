@@ -1,0 +1,265 @@
+"""`index.json`: what each shard holds, so that any sample is one seek away.
+
+Between `shards.py`, which writes it, and `source.py`, which reads samples through it. It is plain
+JSON, laid out one shard and one sample a line, and read lazily: opening costs the list of shards,
+whatever the number of samples. Invariant: a row is returned only from a block of lines whose sha256
+is the one in the list of shards; the digest of the index covers that list, hence every sample.
+
+    {"format":"disttrain-shards","shards":[
+    {"bytes":..,"file":"..","index_bytes":..,"index_sha256":"..","samples":..,"sha256":".."},
+    ...
+    ],"samples":[
+    {"caption":..,"height":..,"key":"..","mask":..,"offset":..,"sha256":"..","size":..,"width":..},
+    ...
+    ],"version":1}
+
+`file` is relative to the index or absolute. `offset` and `size` (bytes) give the picture within the
+tar, `sha256` its digest; `mask` is null or [offset, size, sha256]; `width` and `height` are pixels
+after orientation. `index_bytes` and `index_sha256` are about the shard's own lines under "samples"
+(without the comma and newline after the last). A file laid out differently (by a formatter) is read
+as a whole and put back into this layout in memory.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import tempfile
+from bisect import bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from disttrain import files
+from disttrain.errors import DataError
+
+VERSION = 1
+REFORMATTED_LIMIT = 2**30
+_HEAD = b'{"format":"disttrain-shards","shards":[\n'
+_MIDDLE = b'],"samples":[\n'
+_TAIL = b'],"version":%d}\n' % VERSION
+_HEAD_LIMIT = 2**28
+_REPAIR = "write it again with `disttrain shard`"
+
+
+@dataclass(frozen=True, slots=True)
+class MaskPlace:
+    """Where a sample's mask file lies in its tar."""
+
+    offset: int
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class SampleRow:
+    """One sample of a shard: the fields of its line in the index."""
+
+    key: str
+    offset: int
+    size: int
+    sha256: str
+    width: int
+    height: int
+    caption: str | None = None
+    mask: MaskPlace | None = None
+
+    def line(self) -> bytes:
+        """The row as its line of the index, without a line end."""
+        value = {name: getattr(self, name) for name in self.__slots__}
+        if self.mask is not None:
+            value["mask"] = [self.mask.offset, self.mask.size, self.mask.sha256]
+        return _compact(value)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardEntry:
+    """One shard of the index. `samples` counts its samples, `bytes` and `sha256` are the tar's."""
+
+    file: str
+    sha256: str
+    bytes: int
+    samples: int
+    index_bytes: int = 0
+    index_sha256: str = ""
+
+
+def write_index(path: Path, shards: Iterable[tuple[ShardEntry, Sequence[SampleRow]]]) -> None:
+    """Write an index atomically, taking one shard's rows at a time.
+
+    Raises:
+        DataError: no shard with a sample.
+    """
+    entries: list[bytes] = []
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=path.parent) as rows:
+        for entry, shard_rows in shards:
+            assert entry.samples == len(shard_rows) > 0
+            block = b",\n".join(row.line() for row in shard_rows)
+            rows.write(block if not entries else b",\n" + block)
+            entries.append(_entry_line(entry, block))
+        if not entries:
+            raise DataError(f"{path}: no sample to index; give shards that hold pictures")
+        rows.write(b"\n")
+        rows.seek(0)
+        with files.atomic_writer(path) as handle:
+            handle.write(_HEAD + b",\n".join(entries) + b"\n" + _MIDDLE)
+            while piece := rows.read(2**20):
+                handle.write(piece)
+            handle.write(_TAIL)
+
+
+class ShardIndex:
+    """An index opened for reading: `shards`, `len()`, `digest`, and `row(number)`.
+
+    Raises:
+        DataError: missing, damaged, or of another version.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._data = self._open()
+        self.shards: list[ShardEntry] = []
+        position = self._read_head()
+        self._starts = [0, *accumulate(shard.samples for shard in self.shards)]
+        lengths = (shard.index_bytes + 2 for shard in self.shards)
+        self._blocks = list(accumulate(lengths, initial=position))
+        if self._blocks[-1] - 1 + len(_TAIL) != len(self._data):
+            raise DataError(f"{path}: damaged index (its length does not fit); {_REPAIR}")
+        self._lines: dict[int, np.ndarray] = {}
+        self.digest = files.digest_of(
+            [[s.sha256, s.bytes, s.samples, s.index_sha256] for s in self.shards]
+        )
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def shard_path(self, shard: int) -> Path:
+        """Path of a shard's tar."""
+        return self.path.parent / self.shards[shard].file
+
+    def shard_of(self, number: int) -> int:
+        """Which shard holds sample `number`."""
+        assert 0 <= number < len(self)
+        return bisect_right(self._starts, number) - 1
+
+    def rows(self, shard: int) -> list[SampleRow]:
+        """All rows of a shard."""
+        return [self.row(n) for n in range(self._starts[shard], self._starts[shard + 1])]
+
+    def row(self, number: int) -> SampleRow:
+        """The row of sample `number`, counted over all shards.
+
+        Raises:
+            DataError: the lines of its shard are damaged.
+        """
+        shard = self.shard_of(number)
+        if shard not in self._lines:
+            self._lines[shard] = self._checked_lines(shard)
+        ends, slot = self._lines[shard], number - self._starts[shard]
+        start = self._blocks[shard] + (int(ends[slot - 1]) + 1 if slot else 0)
+        line = bytes(self._data[start : self._blocks[shard] + int(ends[slot])])
+        return self._parsed_row(line.rstrip(b","), shard)
+
+    def _checked_lines(self, shard: int) -> np.ndarray:
+        """Ends of a shard's lines, counted from the start of its block, once its digest fits."""
+        entry, start = self.shards[shard], self._blocks[shard]
+        block = bytes(self._data[start : start + entry.index_bytes])
+        if files.sha256_bytes(block) != entry.index_sha256:
+            raise self._damage(f"the lines of shard {entry.file} were changed")
+        ends = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n"))
+        if len(ends) + 1 != entry.samples:
+            raise self._damage(f"shard {entry.file} has another number of lines")
+        return np.append(ends, len(block))
+
+    def _parsed_row(self, line: bytes, shard: int) -> SampleRow:
+        try:
+            value = json.loads(line)
+            mask = value.pop("mask")
+            row = SampleRow(**value, mask=None if mask is None else MaskPlace(*mask))
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            raise self._damage(f"a line of shard {self.shards[shard].file} is no sample") from error
+        places = [(row.offset, row.size)] + ([(row.mask.offset, row.mask.size)] if row.mask else [])
+        numbers = [row.width, row.height, *(number for place in places for number in place)]
+        if not (
+            isinstance(row.key, str)
+            and isinstance(row.sha256, str)
+            and (row.mask is None or isinstance(row.mask.sha256, str))
+            and (row.caption is None or isinstance(row.caption, str))
+            and all(type(number) is int and number >= 0 for number in numbers)
+            and all(offset + size <= self.shards[shard].bytes for offset, size in places)
+            and row.width * row.height > 0
+        ):
+            raise self._damage(f"impossible values for {str(row.key)[:80]!r}")
+        return row
+
+    def _damage(self, what: str) -> DataError:
+        return DataError(f"{self.path}: damaged index ({what}); {_REPAIR}")
+
+    def _open(self) -> mmap.mmap | bytes:
+        try:
+            with self.path.open("rb") as handle:
+                data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise DataError(f"{self.path}: no readable index ({reason})") from error
+        laid_out = data[: len(_HEAD)] == _HEAD and data[-len(_TAIL) :] == _TAIL
+        return data if laid_out else self._laid_out()
+
+    def _laid_out(self) -> bytes:
+        """The canonical bytes of an index that somebody formatted in another way."""
+        value = files.read_json(self.path, REFORMATTED_LIMIT)
+        if not isinstance(value, dict) or value.get("format") != "disttrain-shards":
+            raise DataError(
+                f"{self.path}: not an index of shards; make one with `disttrain shard SRC DST`"
+            )
+        if value.get("version") != VERSION:
+            raise DataError(f"{self.path}: index version {value.get('version')!r} is not {VERSION}")
+        shards, rows = value.get("shards"), value.get("samples")
+        if not isinstance(shards, list) or not isinstance(rows, list):
+            raise self._damage("no lists of shards and samples")
+        try:
+            parts = (b",\n".join(map(_compact, part)) + b"\n" for part in (shards, rows))
+            return _HEAD + next(parts) + _MIDDLE + next(parts) + _TAIL
+        except (ValueError, RecursionError) as error:
+            raise self._damage("not JSON") from error
+
+    def _read_head(self) -> int:
+        """Fill `shards`; returns where the samples begin."""
+        end = self._data.find(_MIDDLE, len(_HEAD), _HEAD_LIMIT)
+        if end < 0:
+            raise self._damage("it has no samples, or another layout")
+        for line in bytes(self._data[len(_HEAD) : end]).split(b"\n")[:-1]:
+            try:
+                entry = ShardEntry(**json.loads(line.rstrip(b",")))
+            except (ValueError, TypeError, RecursionError) as error:
+                raise self._damage("a line of its list of shards is no shard") from error
+            numbers = (entry.bytes, entry.samples, entry.index_bytes)
+            texts = (entry.file, entry.sha256, entry.index_sha256)
+            if not (
+                all(type(number) is int and number > 0 for number in numbers)
+                and entry.samples <= entry.index_bytes
+                and all(isinstance(text, str) for text in texts)
+                and "\0" not in entry.file
+            ):
+                raise self._damage("impossible values in its list of shards")
+            if "://" in entry.file or entry.file.startswith("pipe:"):
+                raise DataError(f"{self.path}: shard {entry.file!r} is not a local file")
+            self.shards.append(entry)
+        if not self.shards:
+            raise self._damage("no shards")
+        return end + len(_MIDDLE)
+
+
+def _entry_line(entry: ShardEntry, block: bytes) -> bytes:
+    value = asdict(entry)
+    value |= {"index_bytes": len(block), "index_sha256": files.sha256_bytes(block)}
+    return _compact(value)
+
+
+def _compact(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()

@@ -1,0 +1,197 @@
+"""Plain tar archives, member by member: the bytes below webdataset shards.
+
+Under `shards.py`. Reading invariant: `walk` yields regular files that lie wholly inside the archive
+under safe relative names, in the order of the archive, or raises DataError; nothing is extracted,
+and memory does not grow with the archive. The standard library's reader is not used because it
+takes a damaged header in mid-archive for the end, so that the rest of a shard vanishes silently.
+
+Formats: POSIX.1-1988 ustar, POSIX.1-2001 pax (path and size records), GNU long names and base-256
+sizes. Writing: `member_header` depends on name and size alone, so equal members give equal bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from disttrain.errors import DataError
+
+BLOCK = 512
+END = bytes(2 * BLOCK)
+_EXTRA_LIMIT = 2**20  # bytes of a pax or long-name record
+_REGULAR, _FOLDER = (b"0", b"\0"), b"5"
+_PAX, _PAX_GLOBAL, _LONG_NAME = b"x", b"g", b"L"
+_REFUSED = {
+    b"1": "a hard link",
+    b"2": "a symbolic link",
+    b"3": "a character device",
+    b"4": "a block device",
+    b"6": "a pipe",
+    b"K": "a link with a long name",
+    b"S": "a sparse file",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A regular file of an archive; its bytes are archive[offset : offset + size]."""
+
+    name: str
+    offset: int
+    size: int
+
+
+def member_header(name: str, size: int) -> bytes:
+    """Header blocks of a regular file: mode 0644, owner 0, time 0."""
+    info = tarfile.TarInfo(name)
+    info.size = size
+    return info.tobuf(tarfile.PAX_FORMAT, "utf-8", "strict")
+
+
+def padding(size: int) -> bytes:
+    """Zeros that fill a member of `size` bytes up to whole blocks."""
+    return bytes(-size % BLOCK)
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """(key, extension in lower case) of a member name, cut at the first dot after the last slash.
+
+    The rule of webdataset: "a/b.mask.png" -> ("a/b", "mask.png"). None for names without a key
+    (hidden files, no dot) and for webdataset's own "__x__" members, which belong to no sample.
+    """
+    first = name.partition("/")[0]
+    if len(first) >= 4 and first.startswith("__") and first.endswith("__"):
+        return None
+    folder, slash, base = name.rpartition("/")
+    stem, dot, extension = base.partition(".")
+    if not stem or not dot:
+        return None
+    return folder + slash + stem, extension.lower()
+
+
+def walk(handle: BinaryIO, where: str) -> Iterator[Member]:
+    """Regular files of the archive in `handle`, which is read by position and left anywhere.
+
+    Raises:
+        DataError: damaged, truncated, compressed, or with a member that is refused: a link, a
+            device, an absolute name or one with "..", a name that occurs twice.
+    """
+    total = handle.seek(0, os.SEEK_END)
+    position = 0
+    seen: set[str] = set()
+    extra: dict[str, str] = {}
+    while True:
+        header = _read(handle, position, BLOCK, total, where)
+        if not any(header):
+            return
+        kind, size = header[156:157], _checked_size(header, position, where)
+        if kind in (_PAX, _PAX_GLOBAL, _LONG_NAME):
+            if size > _EXTRA_LIMIT:
+                raise DataError(f"{where}: a name record of {size} bytes at byte {position}")
+            record = _read(handle, position + BLOCK, size, total, where)
+            extra |= _records(record, kind, position, where)
+            position += BLOCK + size + len(padding(size))
+            continue
+        size = _number(extra["size"], position, where) if "size" in extra else size
+        size = 0 if kind == _FOLDER else size  # some writers store the sum of its files there
+        name = extra.get("path") or _header_name(header, position, where)
+        extra = {}
+        end = position + BLOCK + size + len(padding(size))
+        if end > total:
+            raise DataError(f"{where}: cut short within {name!r}; fetch or write the shard again")
+        _refuse_unsafe(name, kind, where)
+        if kind in _REGULAR and not name.endswith("/"):
+            name = name.removeprefix("./")
+            if name in seen:
+                raise DataError(f"{where}: member {name!r} occurs twice; write the shard again")
+            seen.add(name)
+            yield Member(name, position + BLOCK, size)
+        position = end
+
+
+def _read(handle: BinaryIO, position: int, size: int, total: int, where: str) -> bytes:
+    if position + size > total:
+        raise DataError(
+            f"{where}: not a whole tar archive (no end mark by byte {total}); "
+            "fetch or write the shard again"
+        )
+    handle.seek(position)
+    data = handle.read(size)
+    if len(data) != size:
+        raise DataError(f"{where}: became shorter while it was read")
+    return data
+
+
+def _checked_size(header: bytes, position: int, where: str) -> int:
+    """Size field of a header whose checksum fits."""
+    found = sum(header[:148]) + sum(header[156:]) + 8 * ord(" ")
+    if found != _field(header[148:156], position, where):
+        what = "not a plain tar archive" if position == 0 else f"damaged header at byte {position}"
+        raise DataError(f"{where}: {what}; compressed archives must be unpacked first")
+    return _field(header[124:136], position, where)
+
+
+def _field(field: bytes, position: int, where: str) -> int:
+    """A number as octal digits, or big-endian after a byte 0x80 (GNU)."""
+    if field[:1] == b"\x80":
+        return int.from_bytes(field[1:], "big")
+    digits = field.split(b"\0", 1)[0].strip(b" ")
+    if digits.strip(b"01234567"):
+        raise DataError(
+            f"{where}: not a plain tar archive, or a damaged header at byte {position}; "
+            "compressed archives must be unpacked first"
+        )
+    return int(digits or b"0", 8)
+
+
+def _number(text: str, position: int, where: str) -> int:
+    if not (text.isascii() and text.isdigit() and len(text) < 20):
+        raise DataError(f"{where}: damaged size record at byte {position}")
+    return int(text)
+
+
+def _text(raw: bytes, position: int, where: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: a member name at byte {position} is not UTF-8") from error
+
+
+def _header_name(header: bytes, position: int, where: str) -> str:
+    raw = header[:100].split(b"\0", 1)[0]
+    prefix = header[345:500].split(b"\0", 1)[0]
+    if header[257:263] == b"ustar\0" and prefix:
+        raw = prefix + b"/" + raw
+    return _text(raw, position, where)
+
+
+def _records(record: bytes, kind: bytes, position: int, where: str) -> dict[str, str]:
+    """ "path" and "size" said by a pax or GNU long-name record for the member after it."""
+    if kind == _LONG_NAME:
+        return {"path": _text(record.split(b"\0", 1)[0], position, where)}
+    found: dict[str, str] = {}
+    while record.strip(b"\0"):
+        length, _, _ = record.partition(b" ")
+        count = int(length) if length.isdigit() and len(length) < 8 else 0
+        body, record = record[len(length) + 1 : count], record[count:]
+        keyword, equals, value = body[:-1].partition(b"=")
+        if count <= len(length) + 1 or body[-1:] != b"\n" or not equals:
+            raise DataError(f"{where}: damaged name record at byte {position}")
+        if keyword.startswith(b"GNU.sparse"):
+            raise DataError(f"{where}: a sparse file at byte {position} is refused")
+        if keyword in (b"path", b"size"):
+            if kind == _PAX_GLOBAL:
+                raise DataError(f"{where}: one name for all members (byte {position}) is refused")
+            found[keyword.decode()] = _text(value, position, where)
+    return found
+
+
+def _refuse_unsafe(name: str, kind: bytes, where: str) -> None:
+    if kind not in (*_REGULAR, _FOLDER):
+        what = _REFUSED.get(kind, f"of unknown type {kind!r}")
+        raise DataError(f"{where}: member {name!r} is {what}, which is refused")
+    if not name or name.startswith("/") or "\0" in name or ".." in name.split("/"):
+        raise DataError(f"{where}: member name {name!r} is refused; names must stay inside")

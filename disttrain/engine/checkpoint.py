@@ -1,0 +1,141 @@
+"""Checkpoints: everything a pack needs to go on as if nothing had happened.
+
+`checkpoints/step-00000500/` holds trainables.safetensors, optimizer.safetensors and state.json with
+the digests of both. Written by rank zero into a temporary folder that is synced and then renamed.
+Invariant: a folder named `step-*` is complete, or its digests say that it is damaged; an older
+checkpoint is removed only after a newer one is in place. No random state is kept: draws are
+functions of the cursor.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disttrain.errors import CheckpointError, DataError
+from disttrain.files import (
+    atomic_folder,
+    read_json,
+    read_tensors,
+    remove_folder,
+    sha256_file,
+    write_json,
+    write_tensors,
+)
+
+FORMAT = 1
+SEPARATOR = "|"
+PARTS = ("trainables.safetensors", "optimizer.safetensors")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint as it lies in memory."""
+
+    state: dict[str, Any]
+    trainables: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a run's step lies."""
+    return folder / f"step-{step:08d}"
+
+
+def write_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write one checkpoint, then remove all but the `keep` newest."""
+    path = checkpoint_path(folder, step)
+    with atomic_folder(path) as temporary:
+        write_tensors(temporary / PARTS[0], checkpoint.trainables)
+        write_tensors(temporary / PARTS[1], checkpoint.optimizer)
+        digests = {name: sha256_file(temporary / name) for name in PARTS}
+        state = {"format": FORMAT, **checkpoint.state, "digests": digests}
+        write_json(temporary / "state.json", state)
+    for old in list_checkpoints(folder)[:-keep]:
+        remove_folder(old)
+    return path
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name))
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """A verified checkpoint.
+
+    Raises:
+        CheckpointError: a part is missing or does not have its digest.
+    """
+    try:
+        state = read_json(path / "state.json")
+        if not isinstance(state, dict) or state.get("format") != FORMAT:
+            raise CheckpointError(f"{path}: not a checkpoint of this version of disttrain")
+        for name in PARTS:
+            if sha256_file(path / name) != state["digests"][name]:
+                raise CheckpointError(f"{path / name}: damaged (its digest is another)")
+        return Checkpoint(state, read_tensors(path / PARTS[0]), read_tensors(path / PARTS[1]))
+    except (DataError, OSError, KeyError) as error:
+        raise CheckpointError(f"{path}: incomplete ({error})") from error
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, Checkpoint, list[str]] | None:
+    """The newest checkpoint that is whole, and a line for each damaged one that was passed over.
+
+    Raises:
+        CheckpointError: there are checkpoints but none is whole.
+    """
+    damaged = []
+    for path in reversed(list_checkpoints(folder)):
+        try:
+            return path, read_checkpoint(path), damaged
+        except CheckpointError as error:
+            damaged.append(str(error))
+    if damaged:
+        raise CheckpointError(f"no usable checkpoint: {'; '.join(damaged)}; use --fresh to restart")
+    return None
+
+
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
+) -> dict[str, Tensor]:
+    """Optimizer state as `NAME|KEY` tensors; `names` maps parameters to their stable names."""
+    return {
+        f"{names[parameter]}{SEPARATOR}{key}": torch.as_tensor(value)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def restore_optimizer(
+    optimizer: torch.optim.Optimizer, names: dict[Tensor, str], tensors: dict[str, Tensor]
+) -> None:
+    """Put saved state back; step counts stay where the optimizer keeps them."""
+    parameters = {name: parameter for parameter, name in names.items()}
+    for full, value in tensors.items():
+        name, key = full.rsplit(SEPARATOR, 1)
+        parameter = parameters[name]
+        on_device = value.dim() > 0  # torch keeps scalar step counts on the CPU
+        optimizer.state[parameter][key] = value.to(parameter.device) if on_device else value
+
+
+def restore_parameters(parameters: dict[str, Tensor], saved: dict[str, Tensor], path: str) -> None:
+    """Copy saved values into trainable tensors.
+
+    Raises:
+        CheckpointError: the names or shapes are not those of this run.
+    """
+    if parameters.keys() != saved.keys():
+        raise CheckpointError(f"{path}: holds other tensors than this run trains; use --fresh")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            if parameter.shape != saved[name].shape:
+                raise CheckpointError(f"{path}: {name} has another shape; use --fresh")
+            parameter.copy_(saved[name])

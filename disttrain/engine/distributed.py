@@ -1,0 +1,151 @@
+"""The processes of a run: who they are, where they compute, and everything they tell each other.
+
+The only module that starts Accelerate or performs a collective. Invariant: every rank calls every
+method here in the same order; work for rank zero alone goes through `on_rank_zero`, which carries
+its result or its error to all.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    broadcast_object_list,
+)
+from torch import Tensor, nn
+
+from disttrain.config import RunConfig
+from disttrain.errors import ConfigError, DataError, UserError
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+Result = TypeVar("Result")
+
+
+class Mesh:
+    """This process's place among the processes of a run.
+
+    Args:
+        config: mixed precision and accumulation go to Accelerate from here, so that no launcher
+            file can contradict them.
+
+    Raises:
+        UserError: the world is not the one the launcher announced (Accelerate alone would make
+            several worlds of one).
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        on_cpu = not torch.cuda.is_available()
+        if on_cpu and config.mixed_precision == "fp16":
+            raise ConfigError("mixed_precision: fp16 needs a CUDA GPU and there is none; use bf16")
+        for name in config.train.trackers:
+            if find_spec(name) is None:
+                raise ConfigError(
+                    f"train.trackers: {name} is not installed; pip install 'disttrain[trackers]'"
+                )
+        self.accelerator = Accelerator(
+            cpu=on_cpu,
+            log_with=list(config.train.trackers) or None,
+            project_dir=config.folder,
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.train.gradient_accumulation_steps,
+            kwargs_handlers=[
+                InitProcessGroupKwargs(timeout=COLLECTIVE_TIMEOUT),
+                DistributedDataParallelKwargs(broadcast_buffers=False),
+            ],
+            step_scheduler_with_optimizer=False,
+        )
+        self.rank = self.accelerator.process_index
+        self.world = self.accelerator.num_processes
+        self.device = self.accelerator.device
+        announced = int(os.environ.get("WORLD_SIZE", "1"))
+        if announced != self.world:
+            raise UserError(
+                f"the launcher announced {announced} processes but this one sees {self.world}; "
+                "start with torchrun or accelerate launch, one launcher per node"
+            )
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is rank zero, the only one that writes into the run folder."""
+        return self.rank == 0
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """Precision in which frozen weights are kept."""
+        return {"bf16": torch.bfloat16, "fp16": torch.float16}.get(
+            self.accelerator.mixed_precision, torch.float32
+        )
+
+    def prepare(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer
+    ) -> tuple[nn.Module, torch.optim.Optimizer]:
+        """Model and optimizer, wrapped for this world."""
+        return self.accelerator.prepare(model, optimizer)
+
+    def accumulate(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Context of one micro-batch: gradients travel only on the last of an update."""
+        return self.accelerator.accumulate(model)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of one micro-batch, divided by the accumulation steps, scaled under fp16."""
+        self.accelerator.backward(loss)
+
+    def unscale(self, optimizer: torch.optim.Optimizer) -> None:
+        """Undo fp16's loss scale before gradients are measured."""
+        self.accelerator.unscale_gradients(optimizer)
+
+    def autocast(self) -> AbstractContextManager[None]:
+        """The run's mixed precision, for forward passes outside the prepared module."""
+        return self.accelerator.autocast()
+
+    @property
+    def scaler(self) -> torch.amp.GradScaler | None:
+        """The fp16 loss scaler, where there is one."""
+        return self.accelerator.scaler
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean over ranks of a tensor of the same shape on each."""
+        return self.accelerator.reduce(values, reduction="mean")  # type: ignore[return-value]
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        self.accelerator.wait_for_everyone()
+
+    def on_rank_zero(self, action: Callable[[], Result]) -> Result:
+        """Do something on rank zero and give its result, or its error, to every rank.
+
+        The result travels by pickle between the processes of one run.
+        """
+        outcome: list[object] = [None, None]
+        if self.is_main:
+            try:
+                outcome[0] = action()
+            except UserError as error:
+                outcome[1] = error
+            except OSError as error:
+                outcome[1] = DataError(f"{error.filename or 'run folder'}: {error.strerror}")
+        broadcast_object_list(outcome)
+        if isinstance(outcome[1], UserError):
+            raise outcome[1]
+        return outcome[0]  # type: ignore[return-value]
+
+    def start_trackers(self, name: str, folder: Path, settings: dict[str, Any]) -> None:
+        """Begin logging to the trackers the config asks for; their files go into the run folder."""
+        self.accelerator.project_configuration.set_directories(str(folder))
+        self.accelerator.init_trackers(name, config=settings)
+
+    def __enter__(self) -> Mesh:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.accelerator.end_training()

@@ -1,0 +1,148 @@
+"""Learning rates, clipping and the optimizer for tensors with a subject axis.
+
+Between the gradients of `train.py` and the weights. Invariant: what happens to a subject's slice of
+a packed tensor depends on that slice, its gradient and its own learning rate only.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from disttrain.config import OptimSettings, RunConfig
+from disttrain.methods.base import ParameterGroup
+
+
+def learning_rate_factor(
+    rule: str, data_parallel: int, batch_size: int, accumulation: int
+) -> float:
+    """What the base learning rate is multiplied by for samples per update N: N, sqrt(N) or 1.
+
+    Linear: Goyal et al. 2017, and the original textual inversion code's `scale_lr`. Square root:
+    Krizhevsky 2014.
+    """
+    samples = data_parallel * batch_size * accumulation
+    return {"linear": float(samples), "sqrt": math.sqrt(samples), "none": 1.0}[rule]
+
+
+def describe_learning_rate(config: RunConfig, data_parallel: int) -> dict[str, Any]:
+    """The derivation of the learning rate, for the terminal and `environment.json`."""
+    batch, accumulation = config.data.batch_size, config.train.gradient_accumulation_steps
+    factor = learning_rate_factor(config.optim.scale_lr, data_parallel, batch, accumulation)
+    rule = config.optim.scale_lr
+    parts = f"{data_parallel} processes x {batch} batch x {accumulation} accumulation"
+    how = {"linear": parts, "sqrt": f"sqrt({parts})", "none": "1 (scale_lr: none)"}[rule]
+    rate = config.optim.learning_rate * factor
+    return {
+        "base": config.optim.learning_rate,
+        "rule": rule,
+        "data_parallel": data_parallel,
+        "batch_size": batch,
+        "gradient_accumulation_steps": accumulation,
+        "factor": factor,
+        "learning_rate": rate,
+        "text": f"learning rate {rate:g} = {config.optim.learning_rate:g} x {how}",
+    }
+
+
+def schedule_factor(optim: OptimSettings, step: int, max_steps: int) -> float:
+    """Share of the full learning rate at update `step`, counted from 0, on any world size."""
+    warmup = optim.lr_warmup_steps
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    if optim.lr_schedule == "constant":
+        return 1.0
+    done = (step - warmup) / max(1, max_steps - warmup)
+    return 1.0 - done if optim.lr_schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+class PackedAdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov and Hutter 2019) over tensors `[S, ...]` with a step count per subject.
+
+    For S = 1 it is `torch.optim.AdamW`. A group's `lr` is a number or a tensor `[S]`. Work per step
+    is a few calls per tensor, whatever S.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+    ) -> None:
+        defaults = {"lr": 0.0, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(list(groups), defaults)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad, group)
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
+        beta1, beta2 = group["betas"]
+        subjects = parameter.shape[0]
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.zeros(subjects, dtype=torch.float64, device=parameter.device)
+            state["exp_avg"] = torch.zeros_like(parameter)
+            state["exp_avg_sq"] = torch.zeros_like(parameter)
+        state["step"] += 1
+        state["exp_avg"].lerp_(gradient, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        shape = (subjects,) + (1,) * (parameter.dim() - 1)
+        rate = torch.as_tensor(group["lr"], dtype=torch.float64, device=parameter.device)
+        rate = rate.expand(subjects)
+        correction1 = 1 - torch.pow(beta1, state["step"])
+        correction2 = 1 - torch.pow(beta2, state["step"])
+        keep = (1 - rate * group["weight_decay"]).to(parameter.dtype).view(shape)
+        size = (rate / correction1).to(parameter.dtype).view(shape)
+        spread = correction2.sqrt().to(parameter.dtype).view(shape)
+        denominator = (state["exp_avg_sq"].sqrt() / spread).add_(group["eps"])
+        parameter.mul_(keep).sub_(state["exp_avg"] / denominator * size)
+
+
+def make_optimizer(config: RunConfig, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
+    """The configured optimizer over a method's groups; each remembers its unscaled rate."""
+    optim = config.optim
+    settings = [
+        {"params": list(group.parameters.values()), "base_lr": group.learning_rate}
+        for group in groups
+    ]
+    betas = (optim.adam_beta1, optim.adam_beta2)
+    decay = config.weight_decay
+    if config.packable:
+        return PackedAdamW(settings, betas, optim.adam_epsilon, decay)
+    return torch.optim.AdamW(settings, 0.0, betas, optim.adam_epsilon, decay)
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Give every group its base rate times `factor`."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+def gradient_norms(parameters: list[Tensor], packed: bool) -> Tensor:
+    """Euclidean norm of each subject's gradient over all its tensors: `[S]`, or `[1]` unpacked."""
+    squares = [
+        gradient.double().pow(2).flatten(1 if packed else 0).sum(dim=-1).view(-1)
+        for gradient in (parameter.grad for parameter in parameters)
+        if gradient is not None
+    ]
+    return torch.stack(squares).sum(dim=0).sqrt()
+
+
+def clip_gradients(parameters: list[Tensor], norms: Tensor, limit: float) -> None:
+    """Scale each subject's gradient to a norm of at most `limit`, given the `norms` it has."""
+    factors = (limit / (norms + 1e-6)).clamp(max=1.0)
+    for parameter in parameters:
+        if parameter.grad is not None:
+            shape = (-1,) + (1,) * (parameter.dim() - 1) if len(factors) > 1 else ()
+            factor = factors.view(shape) if shape else factors[0]
+            parameter.grad.mul_(factor.to(parameter.grad.dtype))

@@ -1,0 +1,103 @@
+"""What rank zero shows while a run goes: a live bar on a terminal, plain lines elsewhere.
+
+Invariant: other ranks print nothing; a plain line is complete in itself, so logs can be searched.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TypeVar
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as RichProgress
+
+Item = TypeVar("Item")
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class Progress:
+    """Rank zero's voice.
+
+    Args:
+        shown: False on every other rank.
+    """
+
+    def __init__(self, shown: bool) -> None:
+        self.shown = shown
+        self.live = shown and sys.stdout.isatty()
+        self.console = Console(highlight=False, soft_wrap=True)
+        self.bar: RichProgress | None = None
+        self.last_line = float("-inf")
+
+    def say(self, text: str) -> None:
+        """One line."""
+        if not self.shown:
+            return
+        if self.live:
+            self.console.print(text, markup=False)
+        else:
+            print(text, flush=True)
+
+    def warn(self, text: str) -> None:
+        """One line that a person should not miss."""
+        self.say(f"warning: {text}")
+
+    def track(self, items: Sequence[Item], what: str) -> Iterator[Item]:
+        """The items, with progress shown as they are taken."""
+        self.start(what, len(items), 0)
+        for i, item in enumerate(items):
+            yield item
+            self.advance(i + 1, len(items), what, "")
+        self.stop()
+
+    def start(self, what: str, total: int, done: int) -> None:
+        """Begin a bar."""
+        self.last_line = time.monotonic() if total else float("-inf")
+        if self.live:
+            self.bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[detail]}"),
+                TimeRemainingColumn(),
+                console=self.console,
+            )
+            self.bar.add_task(what, total=total, completed=done, detail="")
+            self.bar.start()
+
+    def advance(self, done: int, total: int, what: str, detail: str, left: str = "") -> None:
+        """Show how far it is; plain lines come every ten seconds and at the end."""
+        if self.bar is not None:
+            self.bar.update(self.bar.task_ids[0], completed=done, detail=detail)
+            return
+        now = time.monotonic()
+        if self.shown and (now - self.last_line >= SECONDS_BETWEEN_LINES or done == total):
+            self.last_line = now
+            parts = [f"{what} {done}/{total}", detail, left]
+            print("  ".join(part for part in parts if part), flush=True)
+
+    def stop(self) -> None:
+        """End the bar."""
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None
+
+
+def plain_duration(seconds: float) -> str:
+    """Seconds as 45s, 12m30s or 3h05m."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def join_names(names: Iterable[str]) -> str:
+    """Names for one line, at most five of them."""
+    listed = list(names)
+    more = f" and {len(listed) - 5} more" if len(listed) > 5 else ""
+    return ", ".join(listed[:5]) + more

@@ -1,0 +1,150 @@
+"""The run folder: its layout, and whether a run starts, goes on or is finished.
+
+The folder is an interface: other programs read it. Invariant: only rank zero writes into it, and a
+folder is made only after every check that can refuse a run has passed.
+"""
+
+from __future__ import annotations
+
+import platform
+import socket
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from disttrain import __version__, schema
+from disttrain.config import RunConfig
+from disttrain.errors import ConfigError, DataError
+from disttrain.files import read_json, write_json, write_text
+
+MAY_CHANGE = (
+    "name",
+    "output_dir",
+    "data.batch_size",
+    "train.gradient_accumulation_steps",
+    "train.gradient_checkpointing",
+    "train.max_steps",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.sample_",
+    "train.trackers",
+)
+"""Keys that may differ when a run goes on: they change neither its samples nor its weights' shape.
+The batch may change because the cursor counts samples. `subjects.N.images` may move too: the
+checkpoint holds the digest of what was in it."""
+
+PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "safetensors", "pillow", "numpy")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths inside `runs/NAME/`."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """The resolved settings."""
+        return self.path / "config.yaml"
+
+    @property
+    def environment(self) -> Path:
+        """Versions, hardware, world and learning rate of the newest start."""
+        return self.path / "environment.json"
+
+    @property
+    def progress(self) -> Path:
+        """Which subjects are finished, and at how many steps."""
+        return self.path / "progress.json"
+
+    @property
+    def metrics(self) -> Path:
+        """A line per step and subject."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Checkpoint folders."""
+        return self.path / "checkpoints"
+
+    def subject(self, name: str) -> Path:
+        """Results of one subject."""
+        return self.path / "subjects" / name
+
+    def finished(self) -> dict[str, int]:
+        """Steps of each finished subject.
+
+        Raises:
+            DataError: progress.json is damaged.
+        """
+        if not self.progress.is_file():
+            return {}
+        value = read_json(self.progress)
+        steps = value.get("finished") if isinstance(value, dict) else None
+        if not isinstance(steps, dict) or not all(isinstance(n, int) for n in steps.values()):
+            raise DataError(f"{self.progress}: not a progress file; use --fresh")
+        return steps
+
+    def mark_finished(self, names: list[str], steps: int) -> None:
+        """Record subjects as finished; their results are in place."""
+        write_json(self.progress, {"finished": {**self.finished(), **dict.fromkeys(names, steps)}})
+
+
+def fresh_name(config: RunConfig) -> RunConfig:
+    """The config under the first name whose folder does not exist: NAME, NAME-2, NAME-3, ..."""
+    candidate, number = config, 1
+    while candidate.folder.exists():
+        number += 1
+        candidate = replace(config, name=f"{config.name}-{number}")
+    return candidate
+
+
+def check_same_run(folder: RunFolder, config: RunConfig) -> None:
+    """Refuse to go on with settings that would not continue what was begun.
+
+    Raises:
+        ConfigError: naming the keys that differ.
+    """
+    old = schema.read_mapping(folder.config)
+    changed = [
+        f"{key} ({before} -> {after})"
+        for key, (before, after) in schema.differences(old, schema.to_mapping(config)).items()
+        if not key.startswith(MAY_CHANGE)
+        and not (key.startswith("subjects.") and key.endswith("images"))
+    ]
+    if changed:
+        raise ConfigError(
+            f"{folder.path} was begun with other settings: {'; '.join(changed)}; "
+            "change them back, give the run another name, or use --fresh"
+        )
+
+
+def write_config(folder: RunFolder, config: RunConfig) -> None:
+    """Store the resolved settings; running that file again repeats the run."""
+    text = yaml.safe_dump(schema.to_mapping(config), sort_keys=False, allow_unicode=True)
+    write_text(folder.config, text)
+
+
+def describe_environment(world: int, device: torch.device) -> dict[str, Any]:
+    """Versions and hardware, for `environment.json` and `disttrain doctor`."""
+    gpus = [
+        {"name": torch.cuda.get_device_name(i), "memory": torch.cuda.mem_get_info(i)[1]}
+        for i in range(torch.cuda.device_count())
+    ]
+    return {
+        "started": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "disttrain": __version__,
+        "python": platform.python_version(),
+        "packages": {name: metadata.version(name) for name in PACKAGES},
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "threads": torch.get_num_threads(),
+        "gpus": gpus,
+        "device": str(device),
+        "world_size": world,
+    }

@@ -1,0 +1,89 @@
+"""Textual inversion (Gal et al. 2022): each subject learns the vectors of one new token.
+
+Invariant: the trainable tensor is `[S, vectors, width]` and nothing else; the vocabulary matrix is
+frozen, so its rows stay bit-identical and no state or traffic grows with its size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from disttrain.config import RunConfig, SubjectSettings, TextualInversionSettings
+from disttrain.errors import ConfigError
+from disttrain.formats.embedding import write_embedding
+from disttrain.methods.base import ParameterGroup
+from disttrain.models.base import BaseModel
+from disttrain.models.packed import PackedTokenEmbedding
+from disttrain.models.text import PromptTokenizer
+
+
+class TextualInversion:
+    """New token vectors for each subject of a pack."""
+
+    trains_text = True
+
+    @staticmethod
+    def check(base: BaseModel, config: RunConfig) -> None:
+        """Refuse tokens that the vocabulary holds, and an initial text without words."""
+        plain = PromptTokenizer(base.tokenizer)
+        for i, subject in enumerate(config.subjects):
+            if plain.single_id(subject.token) is not None:
+                raise ConfigError(
+                    f"subjects.{i}.token: the vocabulary already holds '{subject.token}'; "
+                    f"choose a new word such as <{subject.token}>"
+                )
+        settings = config.method
+        assert isinstance(settings, TextualInversionSettings)
+        if settings.init_text and not plain.piece_count(settings.init_text):
+            text = settings.init_text
+            raise ConfigError(f"method.init_text: {text!r} has no words; leave it empty for zeros")
+
+    def __init__(
+        self, base: BaseModel, config: RunConfig, subjects: Sequence[SubjectSettings]
+    ) -> None:
+        settings = config.method
+        assert isinstance(settings, TextualInversionSettings)
+        self.config, self.subjects = config, subjects
+        plain = PromptTokenizer(base.tokenizer)
+        self.tokenizer = PromptTokenizer(base.tokenizer, settings.num_vectors)
+        vocabulary = base.text_encoder.get_input_embeddings()
+        start = initial_vectors(vocabulary.weight, plain, settings.init_text, settings.num_vectors)
+        rows = start.expand(len(subjects), -1, -1).clone().float()
+        self.embedding = PackedTokenEmbedding(vocabulary, rows, self.tokenizer.first_id)
+        base.text_encoder.set_input_embeddings(self.embedding)
+
+    def groups(self) -> list[ParameterGroup]:
+        """One group with one tensor, `[S, vectors, width]`."""
+        parameters = {"tokens": self.embedding.rows}
+        return [ParameterGroup("tokens", self.config.optim.learning_rate, parameters)]
+
+    def new_word(self, slot: int) -> str:
+        """The subject's token."""
+        return self.subjects[slot].token
+
+    def export(self, slot: int, folder: Path, stem: str, step: int) -> Path:
+        """Write `STEM.safetensors`: the vectors under the token's name."""
+        subject = self.subjects[slot]
+        path = folder / f"{stem}.safetensors"
+        metadata = {"step": str(step), "base_model": self.config.base_model}
+        write_embedding(path, subject.token, self.embedding.rows[slot].detach(), metadata)
+        return path
+
+
+def initial_vectors(
+    vocabulary: Tensor, tokenizer: PromptTokenizer, init_text: str, num_vectors: int
+) -> Tensor:
+    """Starting vectors `[num_vectors, width]`, as the web UI's "create embedding" makes them.
+
+    The L vectors of `init_text` are spread block-wise: row i is vector `i * L // num_vectors`. An
+    empty text gives zeros. A text of more than num_vectors pieces is cut to the first ones.
+    """
+    if not init_text:
+        return torch.zeros(num_vectors, vocabulary.shape[1])
+    pieces = tokenizer.tokenizer(init_text, add_special_tokens=False).input_ids[:num_vectors]
+    chosen = [pieces[i * len(pieces) // num_vectors] for i in range(num_vectors)]
+    return vocabulary.detach()[torch.tensor(chosen, device=vocabulary.device)]

@@ -1,0 +1,50 @@
+"""Finding the base model a config names: the first thing a run does.
+
+`tiny`, a diffusers folder, a hub id, or a single `.safetensors` or `.ckpt` file all become the same
+`BaseModel`. Invariant: it is float32, in evaluation mode and frozen, however it was stored.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from disttrain.errors import ModelError
+from disttrain.models.folder import load_folder, weight_files
+from disttrain.models.hub import download
+from disttrain.models.parts import BaseModel
+from disttrain.models.single_file import load_single_file
+from disttrain.models.tiny import build_tiny
+
+__all__ = ["BaseModel", "load_base"]
+
+SINGLE_FILES = (".safetensors", ".ckpt")
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+def load_base(
+    spec: str, *, revision: str | None = None, prediction_type: str | None = None
+) -> BaseModel:
+    """The base model `spec` names: "tiny", a diffusers folder, a hub id or a single file.
+
+    Args:
+        revision: branch, tag or commit of a hub id.
+        prediction_type: "epsilon" or "v_prediction"; None takes what the model says of itself (a
+            single file says nothing: see `single_file.py` for the rule).
+
+    Raises:
+        ModelError: missing, unreachable, damaged, or of a kind that is not supported.
+    """
+    if spec == "tiny":
+        return build_tiny(prediction_type)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return load_folder(path, path.resolve().name, prediction_type)
+    if path.is_file():
+        if path.suffix not in SINGLE_FILES:
+            raise ModelError(f"base_model: {spec} is neither a .safetensors nor a .ckpt file")
+        return load_single_file(path, prediction_type)
+    if path.suffix in SINGLE_FILES or not HUB_ID.fullmatch(spec) or spec.startswith("."):
+        raise ModelError(f"base_model: {spec} does not exist")
+    folder = download(spec, revision, map(weight_files, ("unet", "text_encoder", "vae")))
+    return load_folder(folder, spec, prediction_type)

@@ -64,6 +64,7 @@ def test_folder_gives_back_every_weight(tiny, saved):
     for part in (loaded.unet, loaded.text_encoder, loaded.load_vae()):
         assert not part.training
         assert not any(weight.requires_grad for weight in part.parameters())
+        assert all(weight.data_ptr() % 64 == 0 for weight in part.parameters())
 
 
 def test_stock_pipeline_draws_the_same_picture(tiny, saved):

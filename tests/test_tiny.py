@@ -92,6 +92,7 @@ def test_parts_fit_together_and_are_frozen(tiny):
         assert not part.training
         assert not any(weight.requires_grad for weight in part.parameters())
         assert all(weight.dtype == torch.float32 for weight in part.parameters())
+        assert all(weight.data_ptr() % 64 == 0 for weight in part.parameters())
 
 
 def test_attention_at_two_resolutions(tiny):

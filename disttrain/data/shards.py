@@ -1,23 +1,19 @@
 """A folder of pictures -> webdataset tar shards with an index; other people's tars -> an index.
 
-Between the user's pictures and `source.ShardSource`. Invariants: a shard appears under its name only
-when complete; its bytes depend on the pictures, captions and limits alone; files that are there are
-never overwritten, so a cancelled run is continued by the same command; `index.json` is written last.
-Pictures, captions and metadata go in byte by byte as they are.
+Between the user's pictures and `source.ShardSource`. Invariants: a shard appears under its name
+only when complete; its bytes depend on the files that go in and the limits alone; shards that are
+there are never overwritten, so the same command continues a cancelled run; `index.json` is written
+last. Pictures, captions and metadata go in byte by byte as they are.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import threading
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, TypeVar
+from typing import BinaryIO
 
 from disttrain import files
 from disttrain.data import images, tars
@@ -27,17 +23,14 @@ from disttrain.data.source import (
     INDEX_NAME,
     FolderListing,
     check_picture,
+    decode_caption,
     list_folder,
-    read_caption,
-    read_picture_file,
+    read_bounded,
+    refuse_other_size,
 )
+from disttrain.data.tar_samples import METADATA_LIMIT, index_tar
+from disttrain.data.workers import Counter, Progress, Stopped, in_order
 from disttrain.errors import DataError
-
-METADATA_LIMIT = 16 * 2**20
-Progress = Callable[[int, int], None]
-"""Called with (done, total); never by two threads at once."""
-_Item = TypeVar("_Item")
-_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True)
@@ -83,10 +76,11 @@ def write_shards(
         raise DataError(f"{source}: no pictures to pack; give a folder of pictures")
     if destination.resolve() == source.resolve():
         raise DataError(f"{destination}: shards need a folder of their own")
+    _refuse_equal_keys(listing)
     lock = files.FolderLock(destination)
     try:
         files.remove_temporaries(destination)
-        counter = _Counter(len(listing.pictures), progress)
+        counter = Counter(len(listing.pictures), progress)
         plans = _plans(listing, samples_per_shard, bytes_per_shard)
         names: set[str] = set()
 
@@ -94,7 +88,7 @@ def write_shards(
             names.add(plan.name)
             return _finish_shard(plan, destination / plan.name, thorough, counter)
 
-        with closing(_in_order(work, plans, workers, counter.stop)) as shards:
+        with closing(in_order(work, plans, workers, counter.stop)) as shards:
             write_index(destination / INDEX_NAME, _without_strangers(shards, destination, names))
     finally:
         lock.release()
@@ -123,19 +117,19 @@ def index_tars(
     Raises:
         DataError: a tar is missing, damaged or unsafe (see `tars.walk`), or none has a picture.
     """
-    counter = _Counter(len(paths), progress)
+    counter = Counter(len(paths), progress)
     skipped: list[str] = []
     keys: set[str] = set()
     total = 0
 
     def work(path: Path) -> tuple[ShardEntry, list[SampleRow], list[str]]:
-        found = _index_tar(path, index.parent, thorough)
+        found = index_tar(path, index.parent, thorough)
         counter.advance()
         return found
 
     def usable() -> Iterator[tuple[ShardEntry, list[SampleRow]]]:
         nonlocal total
-        with closing(_in_order(work, paths, workers, counter.stop)) as found:
+        with closing(in_order(work, paths, workers, counter.stop)) as found:
             for entry, rows, left_out in found:
                 skipped.extend(left_out)
                 rows = _with_new_keys(rows, keys, Path(entry.file))
@@ -150,19 +144,19 @@ def index_tars(
 def verify(
     index_path: Path, *, workers: int | None = None, progress: Progress | None = None
 ) -> list[str]:
-    """Read every shard of an index; a line for each that is missing or damaged, with its samples."""
+    """Read every shard of an index; a line for each missing or damaged one and for its samples."""
     try:
         index = ShardIndex(index_path)
     except DataError as error:
         return [str(error)]
-    counter = _Counter(len(index.shards), progress)
+    counter = Counter(len(index.shards), progress)
 
     def work(shard: int) -> list[str]:
         found = _damages(index, shard)
         counter.advance()
         return found
 
-    with closing(_in_order(work, range(len(index.shards)), workers, counter.stop)) as found:
+    with closing(in_order(work, range(len(index.shards)), workers, counter.stop)) as found:
         return [line for lines in found for line in lines]
 
 
@@ -181,68 +175,21 @@ class _Plan:
     samples: list[_PlannedSample]
 
 
-class _Stopped(Exception):
-    """Another worker failed or the user cancelled: leave without finishing the shard."""
-
-
-class _Counter:
-    """Progress of several threads, and their common sign to stop."""
-
-    def __init__(self, total: int, progress: Progress | None) -> None:
-        self.stop = threading.Event()
-        self._done, self._total, self._progress = 0, total, progress
-        self._lock = threading.Lock()
-
-    def advance(self) -> None:
-        with self._lock:
-            self._done += 1
-            if self._progress is not None:
-                self._progress(self._done, self._total)
-
-
-def _in_order(
-    work: Callable[[_Item], _Result],
-    items: Iterable[_Item],
-    workers: int | None,
-    stop: threading.Event,
-) -> Iterator[_Result]:
-    """Results of `work` in the order of `items`, a bounded number ahead of the consumer."""
-    workers = workers or min(8, os.cpu_count() or 1)
-    pending: deque[Future[_Result]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for item in items:
-                pending.append(pool.submit(work, item))
-                if len(pending) > 2 * workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            stop.set()
-            for future in pending:
-                future.cancel()
-
-
 def _plans(listing: FolderListing, samples_limit: int, bytes_limit: int) -> Iterator[_Plan]:
     """The samples of each shard, in the order of the listing."""
-    number, size, samples = 0, 0, []
-    keys: dict[str, str] = {}
+    number, size, samples = 0, len(tars.END), []
     for name in listing.pictures:
         sample = _planned(listing, name)
-        if keys.setdefault(sample.key, name) != name:
-            raise DataError(
-                f"{listing.folder}: {keys[sample.key]} and {name} both become {sample.key!r} in a "
-                "shard, where a key has no dots; rename one"
-            )
         try:
             sample_size = sum(
-                2 * tars.BLOCK + path.stat().st_size for _, path in sample.parts
-            )  # at most: header, and padding up to a block
+                tars.member_size(f"{sample.key}.{extension}", path.stat().st_size)
+                for extension, path in sample.parts
+            )
         except OSError as error:
             raise DataError(f"{error.filename}: {error.strerror}") from error
         if samples and (len(samples) == samples_limit or size + sample_size > bytes_limit):
             yield _Plan(f"shard-{number:06d}.tar", samples)
-            number, size, samples = number + 1, 0, []
+            number, size, samples = number + 1, len(tars.END), []
         samples.append(sample)
         size += sample_size
     yield _Plan(f"shard-{number:06d}.tar", samples)
@@ -255,13 +202,28 @@ def _planned(listing: FolderListing, name: str) -> _PlannedSample:
     companions = {"txt": listing.captions, "json": listing.metadata, "mask.png": listing.masks}
     parts |= {end: found[stem] for end, found in companions.items() if stem in found}
     folder = listing.folder
-    # webdataset ends a key at its first dot
-    key = stem.replace(".", "_")
-    return _PlannedSample(key, [(end, folder / parts[end]) for end in sorted(parts)], folder / name)
+    members = [(end, folder / parts[end]) for end in sorted(parts)]
+    return _PlannedSample(_key(name), members, folder / name)
+
+
+def _key(name: str) -> str:
+    """Key of a picture's sample: its stem without dots, because webdataset ends a key at a dot."""
+    return os.path.splitext(name)[0].replace(".", "_")
+
+
+def _refuse_equal_keys(listing: FolderListing) -> None:
+    names: dict[str, str] = {}
+    for name in listing.pictures:
+        other = names.setdefault(_key(name), name)
+        if other != name:
+            raise DataError(
+                f"{listing.folder}: {other} and {name} would both be {_key(name)!r} in a shard, "
+                "where a key has no dots; rename one"
+            )
 
 
 def _finish_shard(
-    plan: _Plan, path: Path, thorough: bool, counter: _Counter
+    plan: _Plan, path: Path, thorough: bool, counter: Counter
 ) -> tuple[ShardEntry, list[SampleRow]]:
     """Write a shard, or make sure that the one which is there is the same to the byte."""
     if path.exists():
@@ -291,16 +253,17 @@ def _other_content(path: Path) -> DataError:
 
 
 def _pack(
-    plan: _Plan, write: Callable[[bytes], object], thorough: bool, counter: _Counter
+    plan: _Plan, write: Callable[[bytes], object], thorough: bool, counter: Counter
 ) -> list[SampleRow]:
     """Hand the bytes of a tar to `write` piece by piece; returns the rows of its samples."""
     position = 0
     rows: list[SampleRow] = []
     for sample in plan.samples:
         if counter.stop.is_set():
-            raise _Stopped
+            raise Stopped
         width = height = 0
         caption, mask, picture = None, None, (0, 0, "")
+        mask_size = None
         for extension, path in sample.parts:
             data = _part(extension, path)
             header = tars.member_header(f"{sample.key}.{extension}", len(data))
@@ -309,13 +272,14 @@ def _pack(
                 width, height = check_picture(data, str(path), thorough)
                 picture = (*place, files.sha256_bytes(data))
             elif extension == "mask.png":
-                check_picture(data, str(path), thorough)
+                mask_size = check_picture(data, str(path), thorough)
                 mask = MaskPlace(*place, files.sha256_bytes(data))
             elif extension == "txt":
-                caption = read_caption(path)
+                caption = decode_caption(data, str(path))
             for piece in (header, data, tars.padding(len(data))):
                 write(piece)
                 position += len(piece)
+        refuse_other_size(mask_size, (width, height), str(sample.picture))
         rows.append(SampleRow(sample.key, *picture, width, height, caption, mask))
         counter.advance()
     write(tars.END)
@@ -324,11 +288,8 @@ def _pack(
 
 def _part(extension: str, path: Path) -> bytes:
     """Bytes of a member to be, within the limit of its kind."""
-    data = read_picture_file(path)
-    limit = {"txt": CAPTION_LIMIT, "json": METADATA_LIMIT}.get(extension)
-    if limit is not None and len(data) > limit:
-        raise DataError(f"{path}: {len(data)} bytes, the limit is {limit}")
-    return data
+    limits = {"txt": CAPTION_LIMIT, "json": METADATA_LIMIT}
+    return read_bounded(path, limits.get(extension, images.MAX_BYTES))
 
 
 def _without_strangers(
@@ -349,98 +310,6 @@ def _with_new_keys(rows: list[SampleRow], keys: set[str], tar: Path) -> list[Sam
             raise DataError(f"{tar}: key {row.key!r} occurs twice; is the tar given twice?")
         keys.add(row.key)
     return result
-
-
-def _index_tar(
-    path: Path, folder: Path, thorough: bool
-) -> tuple[ShardEntry, list[SampleRow], list[str]]:
-    """Entry and rows of one tar, and a line for each sample that cannot be used."""
-    rows: list[SampleRow] = []
-    skipped: list[str] = []
-    try:
-        digest = files.sha256_file(path)
-        with path.open("rb") as handle:
-            size = handle.seek(0, os.SEEK_END)
-            for key, members in _samples(handle, path):
-                try:
-                    rows.append(_row(handle, f"{path}: {key}", key, members, thorough))
-                except DataError as error:
-                    skipped.append(str(error))
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}") from error
-    inside = path.resolve().is_relative_to(folder.resolve())
-    name = path.resolve().relative_to(folder.resolve()) if inside else path.resolve()
-    return ShardEntry(name.as_posix(), digest, size, len(rows)), rows, skipped
-
-
-def _samples(handle: BinaryIO, path: Path) -> Iterator[tuple[str, dict[str, tars.Member]]]:
-    """(key, member by extension) of each sample of a tar."""
-    seen: set[str] = set()
-    current, members = "", {}
-    for member in tars.walk(handle, str(path)):
-        split = tars.split_name(member.name)
-        if split is None:
-            continue
-        key, extension = split
-        if key != current:
-            if members:
-                yield current, members
-            if key in seen:
-                raise DataError(f"{path}: key {key!r} occurs twice; write the shard again")
-            seen.add(key)
-            current, members = key, {}
-        if extension in members:
-            raise DataError(f"{path}: {key!r} has two .{extension} members; write the shard again")
-        members[extension] = member
-    if members:
-        yield current, members
-
-
-def _row(
-    handle: BinaryIO, where: str, key: str, members: dict[str, tars.Member], thorough: bool
-) -> SampleRow:
-    pictures = [end for end in members if f".{end}" in images.SUFFIXES]
-    if not pictures:
-        ends = {end: os.path.splitext("x." + end)[1] for end in members if end != "mask.png"}
-        pictures = [end for end, last in ends.items() if last in images.SUFFIXES]
-    if len(pictures) != 1:
-        raise DataError(f"{where}: {len(pictures) or 'no'} pictures in one sample; skipped")
-    member = members[pictures[0]]
-    data = _member(handle, member, images.MAX_BYTES, where)
-    width, height = check_picture(data, where, thorough)
-    mask = None
-    if "mask.png" in members:
-        place = members["mask.png"]
-        mask_data = _member(handle, place, images.MAX_BYTES, where)
-        mask = MaskPlace(place.offset, place.size, files.sha256_bytes(mask_data))
-    caption = _caption(handle, members, where)
-    digest = files.sha256_bytes(data)
-    return SampleRow(key, member.offset, member.size, digest, width, height, caption, mask)
-
-
-def _caption(handle: BinaryIO, members: dict[str, tars.Member], where: str) -> str | None:
-    """The .txt member, else "caption" of the .json one, without surrounding white space."""
-    try:
-        if "txt" in members:
-            text = _member(handle, members["txt"], CAPTION_LIMIT, where).decode("utf-8")
-            return text.removeprefix("\ufeff").strip()
-        if "json" in members:
-            value = json.loads(_member(handle, members["json"], METADATA_LIMIT, where))
-            found = value.get("caption") if isinstance(value, dict) else None
-            if isinstance(found, str):
-                found.encode()  # JSON can spell half a surrogate pair, which is no text
-                return found.strip()
-    except DataError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: unreadable caption ({type(error).__name__}); skipped") from error
-    return None
-
-
-def _member(handle: BinaryIO, member: tars.Member, limit: int, where: str) -> bytes:
-    if member.size > limit:
-        raise DataError(f"{where}: {member.name!r} of {member.size} bytes, the limit is {limit}")
-    return os.pread(handle.fileno(), member.size, member.offset)
 
 
 def _damages(index: ShardIndex, shard: int) -> list[str]:

@@ -151,27 +151,32 @@ def list_folder(folder: Path) -> FolderListing:
     return FolderListing(folder, names, texts, masks, metadata, sorted(ignored, key=_natural))
 
 
-def read_caption(path: Path) -> str:
+def decode_caption(data: bytes, where: str) -> str:
     """Text of a caption file without surrounding white space.
 
     Raises:
-        DataError: unreadable, over 1 MiB, or not UTF-8.
+        DataError: not UTF-8.
     """
-    return files.read_text(path, CAPTION_LIMIT).removeprefix("\ufeff").strip()
+    try:
+        return data.decode("utf-8-sig").strip()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{where}: not UTF-8 text (byte {error.start}); save it as UTF-8"
+        ) from error
 
 
-def read_picture_file(path: Path) -> bytes:
-    """Bytes of a picture file of bounded size.
+def read_bounded(path: Path, limit: int) -> bytes:
+    """Bytes of a plain file of at most `limit` bytes.
 
     Raises:
-        DataError: missing, not a plain file, or too large.
+        DataError: missing, unreadable, not a plain file, or too large.
     """
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):  # before opening: a named pipe would wait for ever
             raise DataError(f"{path}: not a plain file; remove it")
-        if status.st_size > images.MAX_BYTES:
-            raise DataError(f"{path}: {status.st_size} bytes, the limit is {images.MAX_BYTES}")
+        if status.st_size > limit:
+            raise DataError(f"{path}: {status.st_size} bytes, the limit is {limit}")
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
@@ -217,27 +222,26 @@ class FolderSource:
     def _look_at(self, name: str) -> tuple[SampleRecord, str | None]:
         listing, stem = self._listing, os.path.splitext(name)[0]
         path = listing.folder / name
-        data = read_picture_file(path)
+        data = read_bounded(path, images.MAX_BYTES)
         thorough = len(listing.pictures) <= DECODED_AT_OPENING
         width, height = check_picture(data, str(path), thorough)
         caption = listing.captions.get(stem)
-        text = None if caption is None else read_caption(listing.folder / caption)
+        text = None
+        if caption is not None:
+            caption_path = listing.folder / caption
+            text = decode_caption(read_bounded(caption_path, CAPTION_LIMIT), str(caption_path))
         mask = None
         if stem in listing.masks:
             mask_path = listing.folder / listing.masks[stem]
-            mask_data = read_picture_file(mask_path)
+            mask_data = read_bounded(mask_path, images.MAX_BYTES)
             mask_size = check_picture(mask_data, str(mask_path), thorough)
-            if mask_size != (width, height):
-                raise DataError(
-                    f"{mask_path}: {mask_size[0]} x {mask_size[1]} pixels, but {name} has "
-                    f"{width} x {height}; a mask has the size of its picture"
-                )
+            refuse_other_size(mask_size, (width, height), str(path))
             mask = files.sha256_bytes(mask_data)
         return SampleRecord(stem, files.sha256_bytes(data), text, width, height), mask
 
     @staticmethod
     def _unchanged(path: Path, digest: str) -> bytes:
-        data = read_picture_file(path)
+        data = read_bounded(path, images.MAX_BYTES)
         if files.sha256_bytes(data) != digest:
             raise DataError(f"{path}: changed since the run began; start the run again")
         return data
@@ -311,6 +315,15 @@ def check_picture(data: bytes, where: str, thorough: bool) -> tuple[int, int]:
         return images.probe(data, where)
     height, width, _ = images.decode(data, where).pixels.shape
     return width, height
+
+
+def refuse_other_size(mask: tuple[int, int] | None, picture: tuple[int, int], where: str) -> None:
+    """DataError unless a mask, where there is one, has the width and height of its picture."""
+    if mask is not None and mask != picture:
+        raise DataError(
+            f"{where}: its mask has {mask[0]} x {mask[1]} pixels, the picture "
+            f"{picture[0]} x {picture[1]}; make them equal"
+        )
 
 
 class _Records(Sequence[SampleRecord]):

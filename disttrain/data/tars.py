@@ -56,6 +56,11 @@ def padding(size: int) -> bytes:
     return bytes(-size % BLOCK)
 
 
+def member_size(name: str, size: int) -> int:
+    """Bytes that a member of `size` bytes takes in an archive."""
+    return len(member_header(name, size)) + size + len(padding(size))
+
+
 def split_name(name: str) -> tuple[str, str] | None:
     """(key, extension in lower case) of a member name, cut at the first dot after the last slash.
 

@@ -7,7 +7,7 @@ processes draw the same set; each file appears whole.
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from disttrain.engine.progress import Progress
 from disttrain.errors import DataError
 from disttrain.files import digest_of, write_bytes
 from disttrain.models.base import BaseModel
+from disttrain.models.packed import placed
 from disttrain.models.sampler import DrawSettings, decode_latents, draw_latents, to_pixels
 from disttrain.models.text import ContextCache, PromptTokenizer
 from disttrain.prompts import prompt_plan
@@ -64,7 +65,8 @@ def class_image_folder(
     if absent and mesh.is_main:
         progress.say(f"drawing {len(absent)} class pictures of '{prompt}' into {folder}")
     if own:
-        _draw(base, mesh, prompt, draw, folder, own, config.seed, progress)
+        with progress.counter("class pictures") as count:
+            _draw(base, mesh, prompt, draw, folder, own, config.seed, count)
     mesh.barrier()
     return folder
 
@@ -77,15 +79,14 @@ def _draw(
     folder: Path,
     numbers: list[int],
     seed: int,
-    progress: Progress,
+    count: Callable[[int, int], None],
 ) -> None:
-    base.unet.to(mesh.device)
-    base.text_encoder.to(mesh.device)
-    vae = base.load_vae().to(mesh.device)
+    placed(base.unet, mesh.device)
+    placed(base.text_encoder, mesh.device)
+    vae = placed(base.load_vae(), mesh.device)
     contexts = ContextCache(PromptTokenizer(base.tokenizer), base.text_encoder)
-    groups = math.ceil(len(numbers) / DRAWN_TOGETHER)
-    for group in progress.track(range(groups), "class pictures"):
-        chosen = numbers[group * DRAWN_TOGETHER :][:DRAWN_TOGETHER]
+    for begin in range(0, len(numbers), DRAWN_TOGETHER):
+        chosen = numbers[begin:][:DRAWN_TOGETHER]
         context = contexts.get([prompt] * len(chosen))
         negative = contexts.get([""] * len(chosen))
         latents = draw_latents(
@@ -101,3 +102,4 @@ def _draw(
             raise DataError(f"class pictures of '{prompt}' are not finite; check base_model")
         for number, pixels in zip(chosen, to_pixels(decode_latents(vae, latents)), strict=True):
             write_bytes(folder / f"{number:05d}.png", encode_png(pixels, {"prompt": prompt}))
+        count(begin + len(chosen), len(numbers))

@@ -7,7 +7,7 @@ a packed tensor depends on that slice, its gradient and its own learning rate on
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -78,8 +78,9 @@ class PackedAdamW(torch.optim.Optimizer):
         super().__init__(list(groups), defaults)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        assert closure is None
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every tensor that has a gradient."""
+        assert closure is None, "this optimizer does not evaluate the model itself"
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is not None:

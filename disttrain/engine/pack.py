@@ -34,6 +34,7 @@ from disttrain.methods.base import Method
 from disttrain.methods.batch import Batcher, SubjectStreams
 from disttrain.methods.objective import Denoiser
 from disttrain.models.base import BaseModel
+from disttrain.models.packed import placed
 from disttrain.models.text import ContextCache
 
 
@@ -54,8 +55,8 @@ class Pack:
         self.config, self.mesh, self.base, self.subjects = config, mesh, base, subjects
         self.names = [subject.name for subject in subjects]
         dtype = mesh.weight_dtype if config.packable else torch.float32
-        base.unet.to(mesh.device, dtype)
-        base.text_encoder.to(mesh.device, dtype)
+        placed(base.unet, mesh.device, dtype)
+        placed(base.text_encoder, mesh.device, dtype)
         self.method: Method = METHODS[config.method.name](base, config, subjects)
         groups = self.method.groups()
         self.parameters: dict[str, Tensor] = {

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
 from disttrain.config import RunConfig, SubjectSettings
-from disttrain.data.latents import LatentCache, Variants, prepare_latents
+from disttrain.data.latents import LatentCache, Variants
 from disttrain.data.loader import SampleStream
 from disttrain.data.source import Source, open_source
 from disttrain.engine.class_images import class_image_folder, given_class_images
@@ -23,6 +23,7 @@ from disttrain.engine.progress import Progress, join_names
 from disttrain.files import digest_of
 from disttrain.methods.batch import SubjectStreams
 from disttrain.models.base import BaseModel
+from disttrain.models.packed import placed
 from disttrain.prompts import PromptPlan, prompt_plan, words_of_stem
 
 
@@ -93,14 +94,14 @@ class VaeEncoder:
 
     def __init__(self, base: BaseModel, device: torch.device) -> None:
         self.base, self.device = base, device
-        self.vae = None
+        self.vae: AutoencoderKL | None = None
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
         """Mean and log variance `[N, 2C, h, w]` of pictures `[N, 3, H, W]` in [-1, 1]."""
         if self.vae is None:
-            self.vae = self.base.load_vae().to(self.device)
-        posterior = self.vae.encode(pixels.to(self.device)).latent_dist
+            self.vae = placed(self.base.load_vae(), self.device)
+        posterior = self.vae.encode(pixels.to(self.device), return_dict=False)[0]
         return torch.cat([posterior.mean, posterior.logvar], dim=1).float().cpu()
 
 
@@ -123,18 +124,20 @@ def _latents(
     encoder: Callable[[Tensor], Tensor],
     progress: Progress,
 ) -> LatentCache:
-    crops = 1 if config.data.center_crop else config.data.cached_crops
-    return prepare_latents(
-        source,
-        Variants(crops=crops, flip=config.data.random_flip),
-        config.data.resolution,
-        encode=encoder,
-        vae_digest=base.vae_digest,
-        folder=Path(config.cache_folder) / "latents",
-        rank=mesh.rank,
-        world=mesh.world,
-        progress=progress,
+    random = not config.data.center_crop
+    variants = Variants(
+        crops=config.data.cached_crops if random else 1, random=random, flip=config.data.random_flip
     )
+    cache = LatentCache(
+        source,
+        config.cache_folder / "latents",
+        variants=variants,
+        resolution=config.data.resolution,
+        vae_digest=base.vae_digest,
+    )
+    with progress.counter(f"latents of {source.where}") as counted:
+        cache.prepare(encoder, rank=mesh.rank, world=mesh.world, progress=counted)
+    return cache
 
 
 def _instance_stream(
@@ -156,7 +159,9 @@ def _instance_stream(
         return data.plan.prompt(config.seed, name, position, captions[picture])
 
     keys = [record.key for record in records]
-    return SampleStream(name, "instance", config.seed, keys, cache.get, cache.variants, prompt)
+    return SampleStream(
+        name, "instance", config.seed, keys, cache.get, cache.variants.count, prompt
+    )
 
 
 def _class_stream(
@@ -184,6 +189,6 @@ def _class_stream(
         return cache.get(i, variant)
 
     keys = [f"class picture {i}" for i in range(len(places))]
-    variants = caches[0].variants
+    variants = caches[0].variants.count
     name = data.settings.name
     return SampleStream(name, "class", config.seed, keys, moments, variants, lambda *_: text)

@@ -15,6 +15,7 @@ from disttrain.data.images import encode_png
 from disttrain.engine.pack import Pack
 from disttrain.engine.run_folder import RunFolder
 from disttrain.files import write_bytes
+from disttrain.models.packed import placed
 from disttrain.models.sampler import DrawSettings, decode_latents, draw_latents, to_pixels
 from disttrain.models.text import encode_ids
 from disttrain.prompts import prompt_plan
@@ -66,7 +67,7 @@ def draw_previews(pack: Pack, config: RunConfig, folder: RunFolder) -> None:
             pack.base.latent_scale,
         )
     pack.base.unet.train(training)
-    vae = pack.base.load_vae().to(pack.mesh.device)
+    vae = placed(pack.base.load_vae(), pack.mesh.device)
     pictures = to_pixels(decode_latents(vae, latents.float()))
     for i, (slot, text) in enumerate(zip(slots, texts, strict=True)):
         subject = pack.subjects[slot]

@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 
-Item = TypeVar("Item")
 SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -45,13 +44,22 @@ class Progress:
         """One line that a person should not miss."""
         self.say(f"warning: {text}")
 
-    def track(self, items: Sequence[Item], what: str) -> Iterator[Item]:
-        """The items, with progress shown as they are taken."""
-        self.start(what, len(items), 0)
-        for i, item in enumerate(items):
-            yield item
-            self.advance(i + 1, len(items), what, "")
-        self.stop()
+    @contextmanager
+    def counter(self, what: str) -> Iterator[Callable[[int, int], None]]:
+        """A function of (done, total) that shows how far it is, from its first call on."""
+        begun = False
+
+        def count(done: int, total: int) -> None:
+            nonlocal begun
+            if not begun:
+                self.start(what, total, 0)
+                begun = True
+            self.advance(done, total, what, "")
+
+        try:
+            yield count
+        finally:
+            self.stop()
 
     def start(self, what: str, total: int, done: int) -> None:
         """Begin a bar."""

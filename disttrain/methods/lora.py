@@ -32,7 +32,9 @@ class Lora:
         """Refuse target modules that no linear layer of the model has."""
         settings = config.method
         assert isinstance(settings, LoraSettings)
-        wanted = [("method.target_modules", base.unet, settings.target_modules)]
+        wanted: list[tuple[str, nn.Module, tuple[str, ...]]] = [
+            ("method.target_modules", base.unet, settings.target_modules)
+        ]
         if settings.train_text_encoder:
             key = "method.text_encoder_target_modules"
             wanted.append((key, base.text_encoder, settings.text_encoder_target_modules))

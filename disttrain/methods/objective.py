@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler, UNet2DConditionModel
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
@@ -76,7 +77,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.unet = unet
         self.text_encoder = text_encoder
-        self.predicts_velocity = scheduler.config.prediction_type == "v_prediction"
+        self.predicts_velocity = scheduler.config["prediction_type"] == "v_prediction"
         self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod, persistent=False)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
@@ -88,7 +89,8 @@ class Denoiser(nn.Module):
         else:
             context = encode_ids(self.text_encoder, batch["ids"])
         dtype = self.unet.dtype
-        predicted = self.unet(noisy.to(dtype), timesteps, context.to(dtype)).sample
+        inputs = (noisy.to(dtype), timesteps, context.to(dtype))
+        predicted = self.unet(*inputs, return_dict=False)[0]
         target = noise
         if self.predicts_velocity:
             target = kept.sqrt() * noise - (1 - kept).sqrt() * latents

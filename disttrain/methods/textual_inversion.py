@@ -18,7 +18,7 @@ from disttrain.formats.embedding import write_embedding
 from disttrain.methods.base import ParameterGroup
 from disttrain.models.base import BaseModel
 from disttrain.models.packed import PackedTokenEmbedding
-from disttrain.models.text import PromptTokenizer
+from disttrain.models.text import PromptTokenizer, vocabulary_of
 
 
 class TextualInversion:
@@ -50,7 +50,7 @@ class TextualInversion:
         self.config, self.subjects = config, subjects
         plain = PromptTokenizer(base.tokenizer)
         self.tokenizer = PromptTokenizer(base.tokenizer, settings.num_vectors)
-        vocabulary = base.text_encoder.get_input_embeddings()
+        vocabulary = vocabulary_of(base.text_encoder)
         start = initial_vectors(vocabulary.weight, plain, settings.init_text, settings.num_vectors)
         rows = start.expand(len(subjects), -1, -1).clone().float()
         self.embedding = PackedTokenEmbedding(vocabulary, rows, self.tokenizer.first_id)

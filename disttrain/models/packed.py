@@ -8,9 +8,12 @@ subject's gradient is its own when the per-subject losses are summed.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class PackedLoRALinear(nn.Module):
@@ -89,3 +92,9 @@ def replace_layer(model: nn.Module, name: str, layer: nn.Module) -> None:
     """Put `layer` where `name` points to in `model`."""
     parent, _, last = name.rpartition(".")
     setattr(model.get_submodule(parent), last, layer)
+
+
+def placed(module: Module, device: torch.device, dtype: torch.dtype | None = None) -> Module:
+    """The module itself, moved; without the type lost that the libraries' own `to` loses."""
+    nn.Module.to(module, device, dtype)
+    return module

@@ -7,6 +7,7 @@ latents, so it is loaded only when `load_vae` is called.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ from disttrain.models.loading import quiet_libraries
 from disttrain.models.names import public_name
 
 Module = TypeVar("Module", bound=nn.Module)
+ALIGNMENT = 64  # bytes; what torch gives memory that it allocates itself
 Weights = Mapping[str, torch.Tensor]
 
 
@@ -135,8 +137,16 @@ class BaseModel:
 
 
 def frozen(module: Module) -> Module:
-    """The module itself in float32, evaluation mode and without gradients."""
-    return module.float().eval().requires_grad_(False)
+    """The module itself in float32, evaluation mode, without gradients, in aligned memory.
+
+    Weights read from a file lie wherever the file has them. The processor's matrix routines round
+    differently at unaligned addresses, so the same weights would not always give the same bits.
+    """
+    module = module.float().eval().requires_grad_(False)
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        if tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone(memory_format=torch.contiguous_format)
+    return module
 
 
 def skeleton(build: Callable[[], Module]) -> Module:

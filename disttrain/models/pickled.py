@@ -7,6 +7,7 @@ unpacked bytes; whatever goes wrong in it becomes one `ModelError`.
 from __future__ import annotations
 
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ def read_pickled(path: Path, limit: int) -> Any:
                 size = max(size, sum(member.file_size for member in archive.infolist()))
         if size > limit:
             raise ModelError(f"{path}: {size} bytes, the limit is {limit}")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about the age of the file; it loads or it does not
+            return torch.load(path, map_location="cpu", weights_only=True)
     except ModelError:
         raise
     except pickle.UnpicklingError as error:

@@ -8,10 +8,14 @@ a pack: pictures are subject-major, each subject drawing as many.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, UNet2DConditionModel
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
+from diffusers.schedulers.scheduling_ddim import DDIMScheduler
+from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
 from disttrain import randomness
@@ -45,10 +49,10 @@ def draw_latents(
         seeds: one per picture; a picture depends on its own only.
         latent_scale: pixels per latent.
     """
-    ddim = DDIMScheduler.from_config(scheduler.config)
+    ddim: Any = DDIMScheduler.from_config(scheduler.config)
     ddim.set_timesteps(settings.steps, device=context.device)
     shape = (
-        unet.config.in_channels,
+        unet.config["in_channels"],
         settings.height // latent_scale,
         settings.width // latent_scale,
     )
@@ -59,11 +63,11 @@ def draw_latents(
     for timestep in ddim.timesteps:
         copies = latents.repeat_interleave(2, dim=0) if guided else latents
         scaled = ddim.scale_model_input(copies, timestep)
-        predicted = unet(scaled, timestep, encoder_hidden_states=both).sample
+        predicted = unet(scaled, timestep, both, return_dict=False)[0]
         if guided:
             without, with_prompt = predicted.unflatten(0, (-1, 2)).unbind(1)
             predicted = without + settings.guidance_scale * (with_prompt - without)
-        latents = ddim.step(predicted, timestep, latents).prev_sample
+        latents = ddim.step(predicted, timestep, latents, return_dict=False)[0]
     return latents
 
 
@@ -72,8 +76,8 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> np.ndarray:
     """Pictures `[N, H, W, 3]` in [0, 1], float32, decoded one at a time to bound the memory."""
     pictures = []
     for latent in latents:
-        scaled = (latent / vae.config.scaling_factor)[None].to(vae.device, vae.dtype)
-        decoded = vae.decode(scaled).sample[0]
+        scaled = (latent / vae.config["scaling_factor"])[None].to(vae.device, vae.dtype)
+        decoded = vae.decode(scaled, return_dict=False)[0][0]
         pictures.append((decoded / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).float().cpu().numpy())
     return np.stack(pictures)
 

@@ -8,8 +8,8 @@ What a UNet predicts cannot be seen in its weights. The rule, first match wins: 
 (`base_prediction_type`), the file's own `modelspec.prediction_type` metadata, a tensor named
 `v_pred`; then epsilon for Stable Diffusion 1.x and for the 2.0 base model at 512 pixels (recognised
 by the 875,000 training steps in its `.ckpt`), and v_prediction for any other 2.x. The last case is
-an assumption and is told in `BaseModel.notes`; it is wrong for other 512-pixel 2.x files, which want
-`base_prediction_type: epsilon`.
+an assumption and is told in `BaseModel.notes`; it is wrong for other 512-pixel 2.x files, which
+want `base_prediction_type: epsilon`.
 """
 
 from __future__ import annotations

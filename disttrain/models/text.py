@@ -12,7 +12,7 @@ import re
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
 
@@ -54,6 +54,13 @@ class PromptTokenizer:
         """The id of a word that is one vocabulary entry, else None."""
         found = self.tokenizer(word, add_special_tokens=False).input_ids
         return found[0] if len(found) == 1 else None
+
+
+def vocabulary_of(text_encoder: CLIPTextModel) -> nn.Embedding:
+    """The text encoder's token embedding, as long as nothing was put in its place."""
+    vocabulary = text_encoder.get_input_embeddings()
+    assert isinstance(vocabulary, nn.Embedding)
+    return vocabulary
 
 
 def encode_ids(text_encoder: CLIPTextModel, ids: Tensor) -> Tensor:

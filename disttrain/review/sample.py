@@ -29,9 +29,14 @@ from disttrain.files import write_bytes
 from disttrain.formats.embedding import read_embedding
 from disttrain.formats.lora import read_lora
 from disttrain.models.base import BaseModel, load_base
-from disttrain.models.packed import PackedLoRALinear, PackedTokenEmbedding, replace_layer
+from disttrain.models.packed import (
+    PackedLoRALinear,
+    PackedTokenEmbedding,
+    placed,
+    replace_layer,
+)
 from disttrain.models.sampler import DrawSettings, decode_latents, draw_latents, to_pixels
-from disttrain.models.text import PromptTokenizer, encode_ids
+from disttrain.models.text import PromptTokenizer, encode_ids, vocabulary_of
 from disttrain.prompts import prompt_plan
 
 
@@ -88,7 +93,7 @@ def draw(
     """Pictures `[count, size, size, 3]` in [0, 1] from the result file of one subject."""
     base, tokenizer = load_result(config, run, subject, request.step)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    unet, text_encoder = base.unet.to(device), base.text_encoder.to(device)
+    unet, text_encoder = placed(base.unet, device), placed(base.text_encoder, device)
     if settings.height % base.latent_scale:
         raise ConfigError(f"--size: {settings.height} is not a multiple of {base.latent_scale}")
 
@@ -106,7 +111,7 @@ def draw(
         settings,
         base.latent_scale,
     )
-    return decode_latents(base.load_vae().to(device), latents)
+    return decode_latents(placed(base.load_vae(), device), latents)
 
 
 def load_result(
@@ -143,7 +148,7 @@ def load_result(
 
 def attach_embedding(base: BaseModel, vectors: Tensor) -> PromptTokenizer:
     """Put vectors `[N, width]` behind the base's vocabulary; gives the tokenizer for them."""
-    vocabulary = base.text_encoder.get_input_embeddings()
+    vocabulary = vocabulary_of(base.text_encoder)
     if vectors.shape[1] != vocabulary.embedding_dim:
         raise ModelError(
             f"the embedding is {vectors.shape[1]} wide, base_model {base.name} takes "

@@ -28,7 +28,7 @@ def test_lossy_pixels_come_back_nearly(kind, options):
     pixels = noise(40, 56)
     decoded = images.decode(encoded(pixels, kind, **options), "x").pixels
     assert decoded.shape == pixels.shape
-    assert np.abs(decoded.astype(int) - pixels).mean() < 6
+    assert np.abs(decoded.astype(int) - pixels).mean() < 16  # unrelated noise: 80
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -198,7 +198,7 @@ def test_non_pictures_are_one_line(data):
 
 def test_truncated_picture_is_refused():
     data = encoded(noise(64, 64), "JPEG")
-    with pytest.raises(DataError, match="fox.jpg: damaged"):
+    with pytest.raises(DataError, match=r"fox\.jpg: damaged"):
         images.decode(data[: len(data) // 2], "fox.jpg")
 
 
@@ -300,14 +300,13 @@ def test_mutated_files_decode_or_raise_data_error():
             data = mutated_png(draw.choice(pngs), draw)
         start = time.monotonic()
         for read in (images.decode, images.probe):
+            message = None
             try:
                 read(data, "fox", max_pixels=1_000_000)
             except DataError as error:
-                assert str(error).startswith("fox: ")
-                assert "\n" not in str(error)
-                outcomes[False] += 1
-            else:
-                outcomes[True] += 1
+                message = str(error)
+            assert message is None or (message.startswith("fox: ") and "\n" not in message)
+            outcomes[message is None] += 1
         assert time.monotonic() - start < 2
     assert min(outcomes.values()) > 200, "the mutations must reach both ends"
 
@@ -351,7 +350,7 @@ def test_png_text_round_trip(tmp_path):
 
 
 def test_png_text_of_other_files_is_refused(tmp_path):
-    with pytest.raises(DataError, match="missing.png"):
+    with pytest.raises(DataError, match=r"missing\.png"):
         images.read_png_text(tmp_path / "missing.png")
     (tmp_path / "fox.png").write_bytes(encoded(noise(8, 8), "JPEG"))
     with pytest.raises(DataError, match="a JPEG file"):
@@ -372,5 +371,6 @@ def test_tile_places_pictures_and_labels():
     gutter = labelled.shape[1] - 123
     assert gutter > 20
     np.testing.assert_array_equal(labelled[images.LABEL_HEIGHT :, gutter:], grid)
-    assert labelled[: images.LABEL_HEIGHT, gutter:].min() < 100
+    assert labelled[: images.LABEL_HEIGHT, gutter : gutter + 60].min() < 100
+    assert labelled[: images.LABEL_HEIGHT, gutter + 63 :].min() < 100
     assert labelled[images.LABEL_HEIGHT :, :gutter].min() < 100

@@ -73,7 +73,7 @@ class SampleOrder:
         end = min(self.size, number * self.window + cut)
         place = start + int(self._piece(epoch, number, start, end)[place - start])
         shards, starts = self._line(epoch)
-        slot = bisect_right(starts, place) - 1
+        slot = bisect_right(starts, place) - 1  # the last of equals: empty shards precede it
         return int(self._shard_starts[shards[slot]]) + place - starts[slot]
 
     def _piece(self, epoch: int, number: int, start: int, end: int) -> np.ndarray:
@@ -88,11 +88,10 @@ class SampleOrder:
         return self._pieces[key]
 
     def _line(self, epoch: int) -> tuple[np.ndarray, list[int]]:
-        """Shards in the epoch's order (empty ones last), and the place where each begins."""
+        """Shards in the epoch's order, and the place where each begins."""
         if epoch not in self._lines:
             stream = (*self._stream, "shards")
             shards = randomness.permutation(len(self._shard_sizes), self._seed, stream, epoch)
-            shards = shards[self._shard_sizes[shards] > 0]
             sizes = self._shard_sizes[shards]
             self._lines[epoch] = (shards, (np.cumsum(sizes) - sizes).tolist())
             if len(self._lines) > _KEPT:

@@ -285,7 +285,8 @@ class ShardSource:
         if size > images.MAX_BYTES:
             raise DataError(f"{where}: {size} bytes, the limit is {images.MAX_BYTES}")
         try:
-            data = os.pread(self._handle(shard).descriptor, size, offset)
+            handle = self._handle(shard)  # held until the read is over
+            data = os.pread(handle.descriptor, size, offset)
         except OSError as error:
             raise DataError(f"{where}: {error.strerror or error}") from error
         if files.sha256_bytes(data) != digest:

@@ -91,7 +91,7 @@ def _draw(
         negative = contexts.get([""] * len(chosen))
         latents = draw_latents(
             base.unet,
-            base.scheduler,
+            base.pipeline_scheduler,
             context,
             negative,
             [seed * 100_003 + number for number in chosen],

@@ -59,7 +59,7 @@ def draw_previews(pack: Pack, config: RunConfig, folder: RunFolder) -> None:
         dtype = pack.base.unet.dtype
         latents = draw_latents(
             pack.base.unet,
-            pack.base.scheduler,
+            pack.base.pipeline_scheduler,
             context.to(dtype),
             negative.to(dtype),
             seeds,

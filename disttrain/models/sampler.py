@@ -15,7 +15,6 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
-from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import Tensor
 
 from disttrain import randomness
@@ -34,7 +33,7 @@ class DrawSettings:
 @torch.no_grad()
 def draw_latents(
     unet: UNet2DConditionModel,
-    scheduler: DDPMScheduler,
+    scheduler: Any,
     context: Tensor,
     negative: Tensor,
     seeds: list[int],
@@ -44,6 +43,7 @@ def draw_latents(
     """Denoised latents `[N, C, h, w]` of N pictures.
 
     Args:
+        scheduler: the model's own sampler; its noise schedule and edge settings are taken over.
         context: `[N, length, width]` of the prompts.
         negative: `[N, length, width]` of the negative prompts.
         seeds: one per picture; a picture depends on its own only.

@@ -25,12 +25,12 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from disttrain.errors import ModelError
 from disttrain.models.folder import SUPPORTED
+from disttrain.models.foreign import read_pickled, read_safetensors
 from disttrain.models.infer import (
     OPEN_CLIP,
     Shapes,
@@ -42,7 +42,6 @@ from disttrain.models.infer import (
 from disttrain.models.loading import one_line, quiet_libraries, weights_digest
 from disttrain.models.names import local_name
 from disttrain.models.parts import BaseModel, frozen, skeleton
-from disttrain.models.pickled import read_pickled
 from disttrain.models.tiny import SCHEDULE
 from disttrain.models.vocabulary import clip_tokenizer
 
@@ -208,14 +207,7 @@ def _text_encoder(
 def _read(path: Path, prefixes: tuple[str, ...]) -> Checkpoint:
     """The tensors whose names start with one of `prefixes`, all names, and the metadata."""
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as archive:
-                names = set(archive.keys())
-                chosen = [name for name in names if name.startswith(prefixes)]
-                tensors = {name: archive.get_tensor(name) for name in chosen}
-                return Checkpoint(tensors, names, archive.metadata() or {})
-        except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path}: cannot be read ({one_line(error)})") from error
+        return Checkpoint(*read_safetensors(path, prefixes))
     found = read_pickled(path, SIZE_LIMIT)
     if isinstance(found, dict) and isinstance(found.get("state_dict"), dict):
         steps = found.get("global_step")

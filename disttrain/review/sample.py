@@ -104,7 +104,7 @@ def draw(
     seeds = [request.seed + i for i in range(request.count)]
     latents = draw_latents(
         unet,
-        base.scheduler,
+        base.pipeline_scheduler,
         context(prompt),
         context(request.negative_prompt),
         seeds,

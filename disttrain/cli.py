@@ -39,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     train = _command(commands, "train", "teach the subjects of a config; goes on where it stopped")
     train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, see configs/")
     train.add_argument(
-        "overrides", nargs="*", metavar="section.key=value", help="settings to change"
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings to change"
     )
     train.add_argument("--fresh", action="store_true", help="start over in a new folder NAME-2")
     train.add_argument(
@@ -47,11 +47,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     shard = _command(commands, "shard", "turn a folder of pictures into webdataset tar shards")
-    shard.add_argument("source", type=Path, metavar="SRC", help="folder of pictures and captions")
+    shard.add_argument("source", nargs="?", type=Path, metavar="SRC", help="folder of pictures")
     shard.add_argument(
-        "destination", type=Path, metavar="DST", help="folder for tars and index.json"
+        "destination", nargs="?", type=Path, metavar="DST", help="folder for the tars"
     )
     shard.add_argument("--samples-per-shard", type=int, default=1000, help="default 1000")
+    shard.add_argument("--index", nargs="+", metavar="GLOB", help="index tars that exist already")
+    shard.add_argument("--verify", type=Path, metavar="INDEX", help="look for damaged shards")
 
     sample = _command(commands, "sample", "draw pictures with what a run has learned")
     sample.add_argument("run", type=Path, metavar="RUN", help="run folder")
@@ -82,7 +84,14 @@ def _command(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
-    options = build_parser().parse_args(arguments)
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if options.command == "train":  # overrides may also stand after an option
+        words = [word for word in rest if not word.startswith("-")]
+        options.overrides = [*options.overrides, *words]
+        rest = [word for word in rest if word.startswith("-")]
+    if rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return COMMANDS[options.command](options)
     except UserError as error:
@@ -114,11 +123,36 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _shard(options: argparse.Namespace) -> int:
-    from disttrain.data.shards import write_shards
+    from disttrain.data.shards import expand_patterns, index_tars, verify, write_shards
+    from disttrain.engine.progress import Progress
 
-    index = write_shards(
-        options.source, options.destination, samples_per_shard=options.samples_per_shard
-    )
+    progress = Progress(shown=True)
+    if options.verify:
+        with progress.counter("shards checked") as count:
+            damaged = verify(options.verify, progress=count)
+        for line in damaged:
+            print(line)
+        print(f"{len(damaged)} damaged" if damaged else "all shards are whole")
+        return EXIT_USER_ERROR if damaged else EXIT_DONE
+    if options.index:
+        tars = expand_patterns(options.index)
+        with progress.counter("tars indexed") as count:
+            report = index_tars(tars, tars[0].parent / "index.json", progress=count)
+        for name in report.skipped:
+            progress.warn(f"left out: {name}")
+        print(f"wrote {tars[0].parent / 'index.json'} ({report.samples} samples)")
+        return EXIT_DONE
+    if options.source is None or options.destination is None:
+        raise UserError("shard: give SRC and DST, or --index GLOB, or --verify INDEX")
+    if options.samples_per_shard < 1:
+        raise UserError("--samples-per-shard: must be at least 1")
+    with progress.counter("pictures packed") as count:
+        index = write_shards(
+            options.source,
+            options.destination,
+            samples_per_shard=options.samples_per_shard,
+            progress=count,
+        )
     print(f"wrote {index}")
     return EXIT_DONE
 

@@ -7,6 +7,7 @@ model. The string under each field is its help text (`disttrain keys` prints it)
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -281,7 +282,7 @@ def _check_run(config: RunConfig) -> None:
             "optim.text_encoder_learning_rate",
             "the text encoder is not trained; set method.train_text_encoder: true or remove it",
         )
-    if config.train.sample_every and not config.train.sample_prompts:
+    if config.train.sample_every > 0 and not config.train.sample_prompts:
         _refuse("train.sample_prompts", "empty while sample_every asks for previews; add a prompt")
 
 
@@ -306,9 +307,10 @@ def _check_numbers(config: RunConfig) -> None:
     ]
     above_zero = [
         ("optim.learning_rate", optim.learning_rate),
-        ("optim.text_encoder_learning_rate", optim.text_encoder_learning_rate or 1.0),
         ("optim.adam_epsilon", optim.adam_epsilon),
     ]
+    if optim.text_encoder_learning_rate is not None:
+        above_zero.append(("optim.text_encoder_learning_rate", optim.text_encoder_learning_rate))
     if isinstance(method, PriorSettings):
         at_least.append(("method.num_class_images", method.num_class_images, 0))
         at_least.append(("method.prior_loss_weight", method.prior_loss_weight, 0))
@@ -339,7 +341,7 @@ def _check_subject(config: RunConfig, subject: SubjectSettings, where: str) -> N
         _refuse(
             f"{where}.name", f"{subject.name!r} is no file name; use letters, digits, dot, dash"
         )
-    if not Path(subject.images).exists():
+    if not os.path.exists(subject.images):
         _refuse(f"{where}.images", f"{subject.images} does not exist; give a folder of pictures")
     if not subject.token.strip() or subject.token != subject.token.strip():
         _refuse(f"{where}.token", f"{subject.token!r} is no word; give one, such as sks")
@@ -357,7 +359,7 @@ def _check_subject(config: RunConfig, subject: SubjectSettings, where: str) -> N
                 if isinstance(config.method, PriorSettings)
                 else "textual inversion has no prior preservation; remove it",
             )
-        if not Path(subject.class_images).is_dir():
+        if not os.path.isdir(subject.class_images):
             _refuse(f"{where}.class_images", f"{subject.class_images} is not a folder")
 
 

@@ -129,7 +129,7 @@ def remove_temporaries(folder: Path) -> None:
 
 
 def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
-    """UTF-8 text of a file of at most `limit` bytes.
+    """UTF-8 text of a file of at most `limit` bytes, without the mark that some editors begin with.
 
     Raises:
         DataError: missing, unreadable, too large or not UTF-8.
@@ -138,7 +138,7 @@ def read_text(path: Path, limit: int = TEXT_LIMIT) -> str:
         size = path.stat().st_size
         if size > limit:
             raise DataError(f"{path}: {size} bytes of text, the limit is {limit}")
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -151,12 +151,15 @@ def read_json(path: Path, limit: int = TEXT_LIMIT) -> Any:
     Raises:
         DataError: unreadable or not JSON.
     """
+    text = read_text(path, limit)
     try:
-        return json.loads(read_text(path, limit))
+        return json.loads(text)
     except json.JSONDecodeError as error:
         raise DataError(f"{path}: not JSON (line {error.lineno}: {error.msg})") from error
     except RecursionError as error:
         raise DataError(f"{path}: JSON nested too deeply") from error
+    except ValueError as error:  # a number of thousands of digits
+        raise DataError(f"{path}: not JSON ({error})") from error
 
 
 def read_tensors(path: Path) -> dict[str, torch.Tensor]:

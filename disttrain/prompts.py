@@ -11,6 +11,7 @@ without a meaning of its own.
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,7 @@ def read_template(name: str) -> tuple[str, ...]:
         DataError: no such file, no lines, or a line that does not hold the subject's name.
     """
     candidates = [Path(name), *(folder / name for folder in template_folders())]
-    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    path = next((candidate for candidate in candidates if os.path.isfile(candidate)), None)
     if path is None:
         known = sorted(
             {found.name for folder in template_folders() for found in folder.glob("*.txt")}

@@ -36,7 +36,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
         ConfigError: missing file, not YAML, or not a mapping.
     """
     try:
-        value = yaml.safe_load(read_text(path, CONFIG_LIMIT))
+        value = _parse(read_text(path, CONFIG_LIMIT))
     except DataError as error:
         raise ConfigError(
             f"{error}; give the path of a config such as configs/lora.yaml"
@@ -49,6 +49,36 @@ def read_mapping(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ConfigError(f"{path}: a config is a mapping of keys, this is {_kind(value)}")
     return value
+
+
+def _parse(text: str) -> Any:
+    """Plain YAML, without keys given twice, one of which would be ignored in silence."""
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        _refuse_repeated_keys(node, set(), ())
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _refuse_repeated_keys(node: Any, done: set[int], above: tuple[int, ...]) -> None:
+    if id(node) in above:
+        raise yaml.MarkedYAMLError(problem="it holds itself", problem_mark=node.start_mark)
+    if id(node) in done or not isinstance(node, yaml.CollectionNode):
+        return
+    done.add(id(node))
+    children = node.value
+    if isinstance(node, yaml.MappingNode):
+        children = [value for _, value in node.value]
+        names: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in names:
+                problem = f"key '{key.value}' is given twice"
+                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+            names.add(str(key.value))
+    for child in children:
+        _refuse_repeated_keys(child, done, (*above, id(node)))
 
 
 def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -65,8 +95,8 @@ def apply_overrides(tree: dict[str, Any], overrides: Sequence[str]) -> dict[str,
         if not separator or not dotted:
             raise ConfigError(f"override '{override}': write it as section.key=value")
         try:
-            value = yaml.safe_load(text) if text else ""
-        except yaml.YAMLError as error:
+            value = _parse(text) if text else ""
+        except (yaml.YAMLError, RecursionError, ValueError) as error:
             raise ConfigError(f"override '{override}': the value is not YAML; quote it") from error
         _assign(result, dotted.split("."), value, override)
     return result
@@ -82,7 +112,7 @@ def _assign(node: Any, names: list[str], value: Any, override: str) -> None:
     for depth, name in enumerate(names):
         last = depth == len(names) - 1
         if isinstance(node, list):
-            if not name.isdigit() or int(name) >= len(node):
+            if not name.isdecimal() or int(name) >= len(node):
                 raise ConfigError(
                     f"override '{override}': '{name}' must be a number below {len(node)}"
                 )
@@ -151,7 +181,7 @@ def _convert_literal(allowed: tuple[Any, ...], value: Any, where: str) -> Any:
 def _convert_union(hint: Any, value: Any, where: str) -> Any:
     """Optional values, and the tagged union of methods told apart by their `name`."""
     members = typing.get_args(hint)
-    if value is None and type(None) in members:
+    if value in (None, "") and type(None) in members:  # an override `key=` gives empty text
         return None
     tagged = {tag: member for member in members for tag in _tags(member)}
     if not tagged:
@@ -159,7 +189,7 @@ def _convert_union(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, Mapping) or "name" not in value:
         raise ConfigError(f"{where}.name: missing; choose one of {', '.join(tagged)}")
     name = value["name"]
-    if name not in tagged:
+    if not isinstance(name, str) or name not in tagged:
         known = ", ".join(tagged)
         raise ConfigError(
             f"{where}.name: {name!r} is not one of {known}{_nearest(name, tuple(tagged))}"
@@ -177,7 +207,7 @@ def _convert_plain(hint: Any, value: Any, where: str) -> Any:
     if hint is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 reads `1e-3` as text
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if hint is int and isinstance(value, float) and value.is_integer():
         return int(value)

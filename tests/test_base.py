@@ -369,6 +369,7 @@ def test_hub_models_and_their_errors(saved, tmp_path):
     script.write_text(HUB)
     command = [sys.executable, str(script), str(tmp_path / "model"), str(tmp_path / "c"), "x"]
     environment = {n: v for n, v in os.environ.items() if "proxy" not in n.lower()}
+    environment["HF_HUB_OFFLINE"] = "0"
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert ran.returncode == 0, ran.stderr
     found = json.loads(ran.stdout.splitlines()[-1])

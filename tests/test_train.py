@@ -281,3 +281,32 @@ def test_dry_run_prints_the_plan_and_writes_nothing(tmp_path: Path) -> None:
     assert "10 pictures" in done.stdout
     assert "nothing was written" in done.stdout
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("ends", ["done", "failed"])
+def test_nothing_holds_the_model_when_the_processes_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """Destroying the process group under a live model can hang (see `Mesh.__exit__`)."""
+    from disttrain.engine.distributed import Mesh
+    from disttrain.engine.pack import Pack
+
+    alive: list[int] = []
+    leave = Mesh.__exit__
+
+    def watched(self: Mesh, *error: object) -> None:
+        leave(self, *error)  # type: ignore[arg-type]
+        alive.append(len(self._prepared))
+
+    def refused(self: Pack, losses: list[float]) -> list[float]:
+        raise TrainingFailed("planted")
+
+    monkeypatch.setattr(Mesh, "__exit__", watched)
+    tree = small_config("lora", tmp_path, max_steps=1)
+    if ends == "failed":
+        monkeypatch.setattr(Pack, "update", refused)
+        with pytest.raises(TrainingFailed, match="planted"):
+            train_here(tree)
+    else:
+        train_here(tree)
+    assert alive == [0]

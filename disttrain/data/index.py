@@ -22,8 +22,9 @@ as a whole and put back into this layout in memory.
 
 from __future__ import annotations
 
+import io
 import json
-import mmap
+import os
 import tempfile
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
@@ -122,13 +123,13 @@ class ShardIndex:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._data = self._open()
+        self._file, self._bytes = self._open()
         self.shards: list[ShardEntry] = []
         position = self._read_head()
         self._starts = [0, *accumulate(shard.samples for shard in self.shards)]
         lengths = (shard.index_bytes + 2 for shard in self.shards)
         self._blocks = list(accumulate(lengths, initial=position))
-        if self._blocks[-1] - 1 + len(_TAIL) != len(self._data):
+        if self._blocks[-1] - 1 + len(_TAIL) != self._bytes:
             raise DataError(f"{path}: damaged index (its length does not fit); {_REPAIR}")
         self._lines: dict[int, np.ndarray] = {}
         self.digest = files.digest_of(
@@ -162,13 +163,13 @@ class ShardIndex:
             self._lines[shard] = self._checked_lines(shard)
         ends, slot = self._lines[shard], number - self._starts[shard]
         start = self._blocks[shard] + (int(ends[slot - 1]) + 1 if slot else 0)
-        line = bytes(self._data[start : self._blocks[shard] + int(ends[slot])])
+        line = self._read(start, self._blocks[shard] + int(ends[slot]) - start)
         return self._parsed_row(line.rstrip(b","), shard)
 
     def _checked_lines(self, shard: int) -> np.ndarray:
         """Ends of a shard's lines, counted from the start of its block, once its digest fits."""
         entry, start = self.shards[shard], self._blocks[shard]
-        block = bytes(self._data[start : start + entry.index_bytes])
+        block = self._read(start, entry.index_bytes)
         if files.sha256_bytes(block) != entry.index_sha256:
             raise self._damage(f"the lines of shard {entry.file} were changed")
         ends = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n"))
@@ -200,15 +201,30 @@ class ShardIndex:
     def _damage(self, what: str) -> DataError:
         return DataError(f"{self.path}: damaged index ({what}); {_REPAIR}")
 
-    def _open(self) -> mmap.mmap | bytes:
+    def _open(self) -> tuple[io.FileIO | bytes, int]:
+        """The index, as a file in the layout or laid out in memory, and its length."""
         try:
-            with self.path.open("rb") as handle:
-                data = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise DataError(f"{self.path}: no readable index ({reason})") from error
-        laid_out = data[: len(_HEAD)] == _HEAD and data[-len(_TAIL) :] == _TAIL
-        return data if laid_out else self._laid_out()
+            if not self.path.is_file():  # a named pipe would wait for ever
+                raise DataError(f"{self.path}: no such index; `disttrain shard SRC DST` makes one")
+            handle = io.FileIO(self.path)
+            size = os.fstat(handle.fileno()).st_size
+            start = max(0, size - len(_TAIL))
+            ends = handle.read(len(_HEAD)), os.pread(handle.fileno(), len(_TAIL), start)
+        except OSError as error:
+            raise DataError(f"{self.path}: {error.strerror or error}") from error
+        if ends == (_HEAD, _TAIL):
+            return handle, size
+        data = self._laid_out()
+        return data, len(data)
+
+    def _read(self, start: int, size: int) -> bytes:
+        # Not mapped into memory: a file that somebody cuts would then kill the process.
+        if isinstance(self._file, bytes):
+            return self._file[start : start + size]
+        try:
+            return os.pread(self._file.fileno(), size, start)
+        except OSError as error:
+            raise DataError(f"{self.path}: {error.strerror or error}") from error
 
     def _laid_out(self) -> bytes:
         """The canonical bytes of an index that somebody formatted in another way."""
@@ -230,10 +246,14 @@ class ShardIndex:
 
     def _read_head(self) -> int:
         """Fill `shards`; returns where the samples begin."""
-        end = self._data.find(_MIDDLE, len(_HEAD), _HEAD_LIMIT)
-        if end < 0:
-            raise self._damage("it has no samples, or another layout")
-        for line in bytes(self._data[len(_HEAD) : end]).split(b"\n")[:-1]:
+        head, end = b"", -1
+        while end < 0:
+            piece = self._read(len(head), 2**20 + len(head))
+            head += piece
+            end = head.find(_MIDDLE, max(0, len(head) - len(piece) - len(_MIDDLE)))
+            if end < 0 and (not piece or len(head) > _HEAD_LIMIT):
+                raise self._damage("it has no samples, or another layout")
+        for line in head[len(_HEAD) : end].split(b"\n")[:-1]:
             try:
                 entry = ShardEntry(**json.loads(line.rstrip(b",")))
             except (ValueError, TypeError, RecursionError) as error:

@@ -12,8 +12,11 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from glob import glob
 from pathlib import Path
 from typing import BinaryIO
+
+from braceexpand import braceexpand
 
 from disttrain import files
 from disttrain.data import images, tars
@@ -139,6 +142,23 @@ def index_tars(
 
     write_index(index, usable())
     return IndexReport(index, total, skipped)
+
+
+def expand_patterns(patterns: Sequence[str]) -> list[Path]:
+    """Local tars by path, glob (`tars/*.tar`) or brace list (`tars/{0000..0099}.tar`), in order.
+
+    Raises:
+        DataError: a pattern matches nothing, or is no local path.
+    """
+    found: list[Path] = []
+    for pattern in patterns:
+        if ":" in pattern:
+            raise DataError(f"{pattern}: not a local path; copy the tars here first")
+        matches = [path for one in braceexpand(pattern) for path in sorted(glob(one))]
+        if not matches:
+            raise DataError(f"{pattern}: matches no file")
+        found += [Path(path) for path in matches if Path(path) not in found]
+    return found
 
 
 def verify(
@@ -304,7 +324,8 @@ def _without_strangers(
 
 def _with_new_keys(rows: list[SampleRow], keys: set[str], tar: Path) -> list[SampleRow]:
     """The rows with keys that no tar before used; `keys` is extended by them."""
-    result = [replace(row, key=f"{tar.stem}/{row.key}") if row.key in keys else row for row in rows]
+    name = tar.with_suffix("").as_posix()
+    result = [replace(row, key=f"{name}/{row.key}") if row.key in keys else row for row in rows]
     for row in result:
         if row.key in keys:
             raise DataError(f"{tar}: key {row.key!r} occurs twice; is the tar given twice?")

@@ -21,6 +21,7 @@ from disttrain.errors import DataError
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
 _EXTRA_LIMIT = 2**20  # bytes of a pax or long-name record
 _REGULAR, _FOLDER = (b"0", b"\0"), b"5"
 _PAX, _PAX_GLOBAL, _LONG_NAME = b"x", b"g", b"L"
@@ -84,6 +85,9 @@ def walk(handle: BinaryIO, where: str) -> Iterator[Member]:
         DataError: damaged, truncated, compressed, or with a member that is refused: a link, a
             device, an absolute name or one with "..", a name that occurs twice.
     """
+    handle.seek(0)
+    if handle.read(6).startswith(_COMPRESSED):
+        raise DataError(f"{where}: a compressed archive, which has no seeking; unpack it to .tar")
     total = handle.seek(0, os.SEEK_END)
     position = 0
     seen: set[str] = set()
@@ -135,7 +139,7 @@ def _checked_size(header: bytes, position: int, where: str) -> int:
     found = sum(header[:148]) + sum(header[156:]) + 8 * ord(" ")
     if found != _field(header[148:156], position, where):
         what = "not a plain tar archive" if position == 0 else f"damaged header at byte {position}"
-        raise DataError(f"{where}: {what}; compressed archives must be unpacked first")
+        raise DataError(f"{where}: {what}; fetch or write it again")
     return _field(header[124:136], position, where)
 
 
@@ -147,7 +151,7 @@ def _field(field: bytes, position: int, where: str) -> int:
     if digits.strip(b"01234567"):
         raise DataError(
             f"{where}: not a plain tar archive, or a damaged header at byte {position}; "
-            "compressed archives must be unpacked first"
+            "fetch or write it again"
         )
     return int(digits or b"0", 8)
 

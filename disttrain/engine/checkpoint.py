@@ -1,10 +1,10 @@
 """Checkpoints: everything a pack needs to go on as if nothing had happened.
 
 `checkpoints/step-00000500/` holds trainables.safetensors, optimizer.safetensors and state.json with
-the digests of both. Written by rank zero into a temporary folder that is synced and then renamed.
-Invariant: a folder named `step-*` is complete, or its digests say that it is damaged; an older
-checkpoint is removed only after a newer one is in place. No random state is kept: draws are
-functions of the cursor.
+the digests of both and of itself. Written by rank zero into a temporary folder that is synced and
+then renamed. Invariant: a folder named `step-*` is complete, or its digests say that it is damaged;
+an older checkpoint is removed only after a newer one is in place. No random state is kept: draws
+are functions of the cursor.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 from disttrain.errors import CheckpointError, DataError
 from disttrain.files import (
     atomic_folder,
+    digest_of,
     read_json,
     read_tensors,
     remove_folder,
@@ -48,17 +49,31 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 
 def write_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write one checkpoint, then remove all but the `keep` newest."""
+    """Write one checkpoint, then remove all older ones but the `keep` newest.
+
+    A whole one of the same step and state stays: training is deterministic, and replacing a folder
+    has a moment at which neither the old nor the new one is there.
+    """
     path = checkpoint_path(folder, step)
-    with atomic_folder(path) as temporary:
-        write_tensors(temporary / PARTS[0], checkpoint.trainables)
-        write_tensors(temporary / PARTS[1], checkpoint.optimizer)
-        digests = {name: sha256_file(temporary / name) for name in PARTS}
-        state = {"format": FORMAT, **checkpoint.state, "digests": digests}
-        write_json(temporary / "state.json", state)
-    for old in list_checkpoints(folder)[:-keep]:
+    if not _holds(path, checkpoint.state):
+        with atomic_folder(path) as temporary:
+            write_tensors(temporary / PARTS[0], checkpoint.trainables)
+            write_tensors(temporary / PARTS[1], checkpoint.optimizer)
+            digests = {name: sha256_file(temporary / name) for name in PARTS}
+            state = {"format": FORMAT, **checkpoint.state, "digests": digests}
+            write_json(temporary / "state.json", {**state, "digest": digest_of(state)})
+    # Any newer one is a damaged one that was passed over: it must not count as kept.
+    upto = [found for found in list_checkpoints(folder) if found <= path]
+    for old in upto[:-keep]:
         remove_folder(old)
     return path
+
+
+def _holds(path: Path, state: dict[str, Any]) -> bool:
+    try:
+        return path.is_dir() and state.items() <= _verified_state(path).items()
+    except CheckpointError:
+        return False
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
@@ -74,15 +89,26 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointError: a part is missing or does not have its digest.
     """
+    state = _verified_state(path)
+    try:
+        return Checkpoint(state, read_tensors(path / PARTS[0]), read_tensors(path / PARTS[1]))
+    except DataError as error:
+        raise CheckpointError(f"{path}: incomplete ({error})") from error
+
+
+def _verified_state(path: Path) -> dict[str, Any]:
+    """The state of a checkpoint whose parts have their digests."""
     try:
         state = read_json(path / "state.json")
         if not isinstance(state, dict) or state.get("format") != FORMAT:
             raise CheckpointError(f"{path}: not a checkpoint of this version of disttrain")
+        if state.pop("digest", None) != digest_of(state):
+            raise CheckpointError(f"{path / 'state.json'}: damaged (its digest is another)")
         for name in PARTS:
             if sha256_file(path / name) != state["digests"][name]:
                 raise CheckpointError(f"{path / name}: damaged (its digest is another)")
-        return Checkpoint(state, read_tensors(path / PARTS[0]), read_tensors(path / PARTS[1]))
-    except (DataError, OSError, KeyError) as error:
+        return state
+    except (DataError, OSError) as error:
         raise CheckpointError(f"{path}: incomplete ({error})") from error
 
 

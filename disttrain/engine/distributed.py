@@ -7,12 +7,17 @@ its result or its error to all.
 
 from __future__ import annotations
 
+import gc
 import os
+import warnings
+import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
+from traceback import clear_frames
+from types import TracebackType
 from typing import Any, TypeVar
 
 import torch
@@ -64,15 +69,11 @@ class Mesh:
             ],
             step_scheduler_with_optimizer=False,
         )
+        self._prepared: list[weakref.ref[nn.Module]] = []
         self.rank = self.accelerator.process_index
         self.world = self.accelerator.num_processes
         self.device = self.accelerator.device
-        announced = int(os.environ.get("WORLD_SIZE", "1"))
-        if announced != self.world:
-            raise UserError(
-                f"the launcher announced {announced} processes but this one sees {self.world}; "
-                "start with torchrun or accelerate launch, one launcher per node"
-            )
+        _refuse_other_world(self.world)
 
     @property
     def is_main(self) -> bool:
@@ -90,7 +91,12 @@ class Mesh:
         self, model: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
         """Model and optimizer, wrapped for this world."""
-        return self.accelerator.prepare(model, optimizer)
+        with warnings.catch_warnings():
+            # Accelerate has no other name yet for the option that torch renamed.
+            warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
+            prepared = self.accelerator.prepare(model, optimizer)
+        self._prepared.append(weakref.ref(prepared[0]))
+        return prepared
 
     def accumulate(self, model: nn.Module) -> AbstractContextManager[None]:
         """Context of one micro-batch: gradients travel only on the last of an update."""
@@ -147,5 +153,45 @@ class Mesh:
     def __enter__(self) -> Mesh:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.accelerator.end_training()
+    def release(self) -> None:
+        """Let go of everything prepared so far; the caller has dropped it too."""
+        self.accelerator.free_memory()
+        gc.collect()
+        self._prepared = [alive for alive in self._prepared if alive() is not None]
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # The frames of an error hold the model. If gloo's group is destroyed before the model that
+        # uses it, torch waits for gloo's threads while holding the lock that those wait for.
+        clear_frames(trace)
+        self.release()
+        if self._prepared:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        else:
+            self.accelerator.end_training()
+
+
+def _refuse_other_world(world: int) -> None:
+    """Each process of a failed launch believes to be alone; it would train, and write, for itself.
+
+    torchrun and accelerate's multi-process launcher set WORLD_SIZE. `accelerate launch --cpu` (or a
+    config with `use_cpu`) starts a single process whatever --num_processes says, and gives itself
+    away by the rendezvous address it sets for the others.
+    """
+    announced = int(os.environ.get("WORLD_SIZE", "1"))
+    if announced != world:
+        raise UserError(
+            f"the launcher announced {announced} processes but this one sees {world}; "
+            "start with torchrun or accelerate launch, one launcher per node"
+        )
+    by_accelerate = "ACCELERATE_MIXED_PRECISION" in os.environ
+    if "WORLD_SIZE" not in os.environ and by_accelerate and "MASTER_ADDR" in os.environ:
+        raise UserError(
+            "accelerate launch was asked for several processes and started one; "
+            "use --multi_gpu instead of --cpu (also without GPUs), or torchrun"
+        )

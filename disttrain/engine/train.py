@@ -27,10 +27,16 @@ def train(config: RunConfig, fresh: bool = False) -> None:
     """
     with Mesh(config) as mesh, open_run(config, mesh, Progress(mesh.is_main), fresh) as run:
         for names in run.queue:
-            pack = run.make_pack(names)
-            train_pack(run, pack)
-            run.finish(pack)
+            train_subjects(run, names)
+            mesh.release()
         run.report()
+
+
+def train_subjects(run: Run, names: list[str]) -> None:
+    """One pack of the queue, from its pictures or its checkpoint to its results."""
+    pack = run.make_pack(names)
+    train_pack(run, pack)
+    run.finish(pack)
 
 
 def train_pack(run: Run, pack: Pack) -> None:

@@ -105,9 +105,10 @@ def test_learning_rate_counts_processes_and_class_pictures_are_shared_out(tmp_pa
 
 
 def test_a_world_that_is_not_the_launchers_is_refused(tmp_path: Path) -> None:
+    """Accelerate's `--cpu` starts one process of two without a word: the trainer says it."""
     config = write_config(small_config("lora", tmp_path), tmp_path / "config.yaml")
-    # What a process sees when a launcher announces two but gives no way to meet.
-    command = [sys.executable, "-m", "disttrain", "train", config]
-    done = run_command(*command, WORLD_SIZE="2")
+    command = [*ACCELERATE, "--cpu", "--num_processes", "2", "-m", "disttrain", "train", config]
+    done = run_command(*command)
     assert done.returncode != 0
+    assert "asked for several processes and started one" in done.stderr
     assert not (tmp_path / "lora").exists()

@@ -92,6 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         rest = [word for word in rest if word.startswith("-")]
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    # Read by OpenMP when torch is imported: idle threads sleep instead of spinning, without which a
+    # run slows down many times over when another program wants the same cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         return COMMANDS[options.command](options)
     except UserError as error:

@@ -70,9 +70,14 @@ def test_file_is_left_alone_when_the_block_raises(tmp_path: Path, before: str | 
     path = tmp_path / "file.txt"
     if before is not None:
         path.write_text(before)
-    with pytest.raises(KeyboardInterrupt), files.atomic_writer(path) as handle:
-        handle.write(b"half")
-        raise KeyboardInterrupt
+
+    def interrupted() -> None:
+        with files.atomic_writer(path) as handle:
+            handle.write(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert listed(tmp_path) == ([] if before is None else ["file.txt"])
     assert before is None or path.read_text() == before
 
@@ -83,9 +88,14 @@ def test_folder_is_left_alone_when_the_block_raises(tmp_path: Path, before: str 
     if before is not None:
         path.mkdir()
         fill(path, before)
-    with pytest.raises(RuntimeError, match="half"), files.atomic_folder(path) as temporary:
-        (temporary / "a.txt").write_text("half")
-        raise RuntimeError("half")
+
+    def interrupted() -> None:
+        with files.atomic_folder(path) as temporary:
+            (temporary / "a.txt").write_text("half")
+            raise RuntimeError("half")
+
+    with pytest.raises(RuntimeError, match="half"):
+        interrupted()
     assert listed(tmp_path) == ([] if before is None else ["folder"])
     assert before is None or content(path) == ("old", "old")
 
@@ -201,9 +211,10 @@ def test_remove_folder_never_leaves_half_of_it_under_its_name(
     def crash(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patched:
         patched.setattr(shutil, "rmtree", crash)
-        files.remove_folder(path)
+        with pytest.raises(KeyboardInterrupt):
+            files.remove_folder(path)
     assert not path.exists()
     files.remove_temporaries(tmp_path)
     assert listed(tmp_path) == []
@@ -313,9 +324,7 @@ def test_second_process_is_refused_at_once_and_told_by_whom(
     assert time.monotonic() - started < 1
 
 
-def test_killed_owner_leaves_the_lock_free(
-    tmp_path: Path, holder: subprocess.Popen[str]
-) -> None:
+def test_killed_owner_leaves_the_lock_free(tmp_path: Path, holder: subprocess.Popen[str]) -> None:
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait(timeout=10)
     files.FolderLock(tmp_path / "run").release()

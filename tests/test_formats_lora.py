@@ -394,4 +394,8 @@ def test_files_are_the_same_bytes_each_time(tiny, tmp_path):
         write_lora(tmp_path / f"{name}.safetensors", make_layers(tiny), {"ss_output_name": "fox"})
     first = (tmp_path / "a.safetensors").read_bytes()
     assert int.from_bytes(first[:8], "little") % 8 == 0
+    write_lora(tmp_path / "b.safetensors", make_layers(tiny), {"ss_output_name": "foxes"})
+    other = (tmp_path / "b.safetensors").read_bytes()
+    assert int.from_bytes(other[:8], "little") % 8 == 0
+    write_lora(tmp_path / "b.safetensors", make_layers(tiny), {"ss_output_name": "fox"})
     assert first == (tmp_path / "b.safetensors").read_bytes()

@@ -146,7 +146,9 @@ def test_unusable_templates_are_refused_in_one_line(
 
 def test_a_template_that_is_nowhere_is_answered_with_those_that_are() -> None:
     for name in ("subjcet.txt", "examples", "a" * 300):
-        with pytest.raises(DataError, match=rf"^template {name}: no such file; known .*subject\.txt"):
+        with pytest.raises(
+            DataError, match=rf"^template {name}: no such file; known .*subject\.txt"
+        ):
             read_template(name)
 
 

@@ -18,7 +18,7 @@ from pictures import encoded, make_folder, noise
 
 from disttrain import files
 from disttrain.data.index import SampleRow, ShardEntry, ShardIndex, write_index
-from disttrain.data.shards import index_tars, verify, write_shards
+from disttrain.data.shards import expand_patterns, index_tars, verify, write_shards
 from disttrain.data.source import ShardSource, open_source
 from disttrain.data.tars import split_name, walk
 from disttrain.errors import DataError, UserError
@@ -89,6 +89,8 @@ def test_gnu_tar_semantics_are_plain_and_anonymous(folder, tmp_path):
     with tarfile.open(tmp_path / "shard-000000.tar", "r:") as archive:
         members = archive.getmembers()
     assert len(members) == 13 + 6 + 1 + 1
+    names = [member.name for member in members if member.name.startswith(("fox-1.", "fox-3."))]
+    assert " ".join(names) == ("fox-1.json fox-1.png fox-1.txt fox-3.jpg fox-3.mask.png fox-3.txt")
     for member in members:
         owner = (member.mtime, member.uid, member.gid, member.uname, member.gname, member.mode)
         assert owner == (0, 0, 0, "", "", 0o644)
@@ -238,6 +240,20 @@ def test_broken_input_stops_the_run_and_is_named(tmp_path):
     (folder / "fox-5.txt").write_bytes(b"a fox")
     write_shards(folder, tmp_path / "out", samples_per_shard=2)
     assert len(open_source(tmp_path / "out").records) == 9
+
+
+def test_a_failure_stops_the_other_workers(tmp_path):
+    folder = make_folder(tmp_path / "in", 60)
+    (folder / "fox-0.jpg").write_bytes(b"hello")
+    told = []
+
+    def progress(done: int, total: int) -> None:
+        told.append(done)
+        time.sleep(0.02)
+
+    with pytest.raises(DataError, match=r"fox-0\.jpg"):
+        write_shards(folder, tmp_path / "out", samples_per_shard=30, workers=2, progress=progress)
+    assert len(told) < 20
 
 
 def test_impossible_places(folder, tmp_path):
@@ -441,6 +457,20 @@ def test_indexing_our_own_shards_gives_the_same_index(folder, tmp_path):
     assert path.read_bytes() == before
 
 
+def test_patterns_of_tars(tmp_path):
+    for name in ["000.tar", "001.tar", "002.tar", "010.tar", "x y.tar"]:
+        (tmp_path / name).write_bytes(b"")
+    numbered = [tmp_path / f"00{number}.tar" for number in range(3)]
+    assert expand_patterns([f"{tmp_path}/{{000..002}}.tar"]) == numbered
+    assert expand_patterns([f"{tmp_path}/00*.tar", str(numbered[1])]) == numbered
+    assert expand_patterns([str(tmp_path / "x y.tar"), str(numbered[0])])[1] == numbered[0]
+    with pytest.raises(DataError, match=r"y\*\.tar: matches no file"):
+        expand_patterns([f"{tmp_path}/y*.tar"])
+    for pattern in ["pipe:cat x.tar", "https://example.org/{0..9}.tar"]:
+        with pytest.raises(DataError, match="not a local path"):
+            expand_patterns([pattern])
+
+
 def bad_member(
     kind: bytes = tarfile.REGTYPE, name: str = "a.png", link: str = ""
 ) -> tarfile.TarInfo:
@@ -483,6 +513,80 @@ def test_records_for_all_members_and_sparse_records_are_refused(tmp_path):
             archive.addfile(bad_member())
         with pytest.raises(DataError, match=["one name for all", "sparse"][number]):
             index_tars([tmp_path / "x.tar"], tmp_path / "index.json")
+
+
+def walked(path: Path) -> tuple[list[str], str]:
+    """Names that `walk` gives, and its complaint."""
+    names: list[str] = []
+    try:
+        with path.open("rb") as handle:
+            names.extend(member.name for member in walk(handle, "x.tar"))
+    except DataError as error:
+        return names, str(error)
+    return names, ""
+
+
+def test_a_damaged_header_is_not_the_end(tmp_path):
+    path = tar_of(tmp_path / "x.tar", [(f"{n}.png", bytes(600)) for n in range(4)])
+    data = bytearray(path.read_bytes())
+    data[2 * 1536] ^= 1
+    path.write_bytes(data)
+    with tarfile.open(path) as archive:
+        assert archive.getnames() == ["0.png", "1.png"], "what the standard library makes of it"
+    assert walked(path)[1] == "x.tar: damaged header at byte 3072; fetch or write it again"
+
+
+def test_cut_archives(tmp_path):
+    path = tar_of(tmp_path / "x.tar", [(f"{n}.png", bytes(600)) for n in range(3)])
+    data = path.read_bytes()
+    assert walked(path) == (["0.png", "1.png", "2.png"], "")
+    for length, count, words in [
+        (512, 0, "cut short within '0.png'"),
+        (512 + 599, 0, "cut short within '0.png'"),
+        (1536 + 100, 1, "not a whole tar archive"),
+        (2 * 1536 + 512 + 30, 2, "cut short within '2.png'"),
+        (3 * 1536, 3, "not a whole tar archive"),
+        (3 * 1536 + 512, 3, ""),
+    ]:
+        path.write_bytes(data[:length])
+        names, complaint = walked(path)
+        assert len(names) == count
+        assert words in complaint
+        assert bool(words) == bool(complaint)
+
+
+def test_names_outside_samples_must_be_unique_too(tmp_path):
+    path = tar_of(tmp_path / "x.tar", [("README", b"x"), ("README", b"y")])
+    assert walked(path) == (
+        ["README"],
+        "x.tar: member 'README' occurs twice; write the shard again",
+    )
+
+
+def test_the_size_of_a_folder_means_nothing(tmp_path):
+    path = tar_of(tmp_path / "x.tar", [("d", b""), ("d/a.png", b"x")])
+    data = bytearray(path.read_bytes())
+    data[156:157], data[124:136] = tarfile.DIRTYPE, b"%011o\0" % 700
+    data[148:156] = b"%06o\0 " % (sum(data[:148]) + sum(data[156:512]) + 256)
+    path.write_bytes(data)
+    assert walked(path) == (["d/a.png"], "")
+
+
+@pytest.mark.parametrize("size", ["12x", "-5", "9" * 30, "²"])
+def test_impossible_size_records(tmp_path, size):
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        info = bad_member()
+        info.pax_headers = {"size": size}
+        archive.addfile(info)
+    assert walked(tmp_path / "x.tar") == ([], "x.tar: damaged size record at byte 1024")
+
+
+def test_huge_name_records_are_not_read(tmp_path):
+    with tarfile.open(tmp_path / "x.tar", "w", format=tarfile.PAX_FORMAT) as archive:
+        info = bad_member()
+        info.pax_headers = {"comment": "x" * 2**21}
+        archive.addfile(info)
+    assert "a name record of" in walked(tmp_path / "x.tar")[1]
 
 
 @pytest.mark.parametrize("mode", ["w:gz", "w:xz"])

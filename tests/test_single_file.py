@@ -190,6 +190,7 @@ def test_what_stable_diffusion_1_predicts(tiny, tmp_path):
     path = tmp_path / "model.safetensors"
     save_file(tensors | {"v_pred": torch.zeros(0)}, path)
     assert load_base(str(path)).prediction_type == "v_prediction"
+    assert load_base(str(path)).resolution == 512
     save_file(tensors, path, {"modelspec.prediction_type": "v"})
     loaded = load_base(str(path))
     assert (loaded.prediction_type, loaded.pipeline_scheduler.config.prediction_type) == (

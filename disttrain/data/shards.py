@@ -150,15 +150,15 @@ def expand_patterns(patterns: Sequence[str]) -> list[Path]:
     Raises:
         DataError: a pattern matches nothing, or is no local path.
     """
-    found: list[Path] = []
+    found: dict[Path, None] = {}
     for pattern in patterns:
         if ":" in pattern:
             raise DataError(f"{pattern}: not a local path; copy the tars here first")
         matches = [path for one in braceexpand(pattern) for path in sorted(glob(one))]
         if not matches:
             raise DataError(f"{pattern}: matches no file")
-        found += [Path(path) for path in matches if Path(path) not in found]
-    return found
+        found |= dict.fromkeys(map(Path, matches))
+    return list(found)
 
 
 def verify(

@@ -99,7 +99,7 @@ def load_single_file(path: Path, prediction_type: str | None = None) -> BaseMode
         ) from error
     family = "sd2" if is_open_clip else "sd1"
     predicted, notes = _prediction(path, family, found, prediction_type)
-    if predicted == "v_prediction":
+    if family == "sd2" and predicted == "v_prediction":
         unet_config["sample_size"] = 96
     schedule = {**SCHEDULE, "prediction_type": predicted}
     return BaseModel(

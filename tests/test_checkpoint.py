@@ -213,6 +213,13 @@ def write_and_die(write: Callable[[], object], folder: Path, when: int) -> int:
     return os.WEXITSTATUS(status)
 
 
+def whole(path: Path) -> bool:
+    try:
+        return bool(read_checkpoint(path))
+    except CheckpointError:
+        return False
+
+
 def drill(writer: Writer, folder: Path, before: list[int], step: int, keep: int) -> list[str]:
     """Kill `writer` at each of its events; a line for each place that left something unsound."""
     problems = []
@@ -234,8 +241,8 @@ def drill(writer: Writer, folder: Path, before: list[int], step: int, keep: int)
             if found is None:
                 if before:
                     problems.append(f"{when}: nothing left")
-            elif found[2]:
-                problems.append(f"{when}: half written: {found[2]}")
+            elif found[2] or not all(map(whole, list_checkpoints(place))):
+                problems.append(f"{when}: half written or half removed")
             elif not any(equal(found[1], expected) for expected in allowed):
                 problems.append(f"{when}: neither the old nor the new")
         write_checkpoint(place, step + 1, checkpoint_of(step + 1), keep)
@@ -288,7 +295,7 @@ def pruning_first(folder: Path, step: int, checkpoint: Checkpoint, keep: int) ->
     ("writer", "scene", "fragment"),
     [
         (in_place, "first", "no usable checkpoint"),
-        (in_place, "second", "half written"),
+        (in_place, "second", "half written or half removed"),
         (pruning_first, "pruning to one", "nothing left"),
     ],
 )

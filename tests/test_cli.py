@@ -149,6 +149,7 @@ def test_a_bad_config_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
         (["train", "configs/lora.yaml", "seed=-3", "--dry-run", "name=x"], "seed: -3 is"),
         (["train", "configs/lora.yaml", "--fresh", "nonsense"], "override 'nonsense': write it"),
         (["train", "configs/lora.yaml", "subjects.0.images=no"], "subjects.0.images: expected"),
+        (["keys", "adam"], "no key starts with 'adam'"),
         (["keys", "nothing"], "no key starts with 'nothing'; disttrain keys lists them all"),
         (["shard", "only-one"], "shard: give SRC and DST"),
         (["shard", "a", "b", "--samples-per-shard", "0"], "--samples-per-shard: must be at least"),

@@ -38,7 +38,7 @@ def test_a_signal_sets_the_flag_and_interrupts_nothing(number: signal.Signals) -
 
 def test_the_first_signal_is_remembered() -> None:
     with StopRequest() as stop:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             os.kill(os.getpid(), number)
         assert stop.received is signal.SIGTERM
 

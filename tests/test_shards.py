@@ -397,7 +397,7 @@ def test_split_name(name, expected):
     assert split_name(name) == expected
 
 
-def test_unusable_samples_are_skipped_by_name(tmp_path):
+def test_unusable_samples_are_skipped_by_name(tmp_path, monkeypatch):
     picture = encoded(noise(8, 8))
     members = [
         ("good.png", picture),
@@ -413,14 +413,24 @@ def test_unusable_samples_are_skipped_by_name(tmp_path):
         ("masked.png", picture),
         ("masked.mask.png", encoded(noise(9, 8, 1))),
         ("parts.1.png", picture),
+        ("parts.mask.png", encoded(noise(8, 8, 1))),
+        ("alone.mask.png", picture),
+        ("list.png", picture),
+        ("list.json", b'["caption"]'),
+        ("long.png", picture),
+        ("long.txt", b"x" * 41),
     ]
+    monkeypatch.setattr("disttrain.data.tar_samples.CAPTION_LIMIT", 40)
     path = tar_of(tmp_path / "x.tar", members)
     report = index_tars([path], tmp_path / "index.json")
     source = open_source(report.path)
-    assert [record.key for record in source.records] == ["good", "mask", "parts"]
-    assert report.samples == 3
+    assert [record.key for record in source.records] == ["good", "mask", "parts", "list"]
+    assert [record.caption for record in source.records] == [None] * 4
+    assert source.read_mask(2) is not None
+    assert report.samples == 4
     named = [line.split(": ")[1].split(".")[0] for line in report.skipped]
-    assert named == ["broken", "nothing", "both", "text", "surrogate", "masked"]
+    assert named == ["broken", "nothing", "both", "text", "surrogate", "masked", "alone", "long"]
+    assert report.skipped[-1].endswith("'long.txt' of 41 bytes, the limit is 40")
     assert all(line.startswith(str(path)) for line in report.skipped)
 
 
@@ -679,6 +689,38 @@ def test_a_changed_index_is_noticed(folder, tmp_path):
     )
     (folder_b / "fox-7.txt").write_text("a cat")
     assert open_source(write_shards(folder_b, tmp_path / "c", samples_per_shard=5)).digest != digest
+
+
+def test_an_index_with_lines_missing_or_counted_wrong(folder, tmp_path):
+    path = write_shards(folder, tmp_path, samples_per_shard=5)
+    lines = path.read_bytes().split(b"\n")
+    path.write_bytes(b"\n".join(lines[:7] + lines[8:]))
+    with pytest.raises(DataError, match="its length does not fit"):
+        open_source(path)
+    for wrong in (b'"samples":4', b'"samples":6'):
+        path.write_bytes(b"\n".join(lines).replace(b'"samples":5', wrong, 1))
+        source = open_source(path)
+        with pytest.raises(DataError, match="another number of lines"):
+            _ = source.records[0]
+    for wrong in (b'"samples":0', b'"samples":-5', b'"samples":5.0', b'"samples":true'):
+        path.write_bytes(b"\n".join(lines).replace(b'"samples":5', wrong, 1))
+        with pytest.raises(DataError, match=r"impossible values in its list|length does not fit"):
+            open_source(path)
+    path.write_bytes(b"\n".join(lines).replace(b'"samples":5', b'"samples":' + b"9" * 25, 1))
+    with pytest.raises(DataError, match="damaged index"):
+        open_source(path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"offset": -1}, {"size": 10**9}, {"width": 0}, {"offset": 1.5}, {"key": 3}, {"caption": 3}],
+)
+def test_rows_with_impossible_values(tmp_path, change):
+    values = {"key": "a", "offset": 0, "size": 9, "sha256": "0", "width": 8, "height": 8} | change
+    entry = ShardEntry("x.tar", "0" * 64, 1000, 1)
+    write_index(tmp_path / "index.json", [(entry, [SampleRow(**values)])])
+    with pytest.raises(DataError, match="impossible values for"):
+        _ = open_source(tmp_path / "index.json").records[0]
 
 
 def test_a_reformatted_index_still_works(folder, tmp_path):

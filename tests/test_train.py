@@ -222,6 +222,32 @@ def test_empty_class_folder_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_checkpointing_changes_nothing_but_memory(
+    method: str, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    tree = small_config(method, tmp_path, gradient_checkpointing=True)
+    left, right = final_tensors(train_here(tree)), final_tensors(trained[method])
+    assert all(torch.allclose(left[name], right[name], rtol=1e-4, atol=1e-5) for name in right)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_bf16_trains_close_to_full_precision(
+    method: str, trained: dict[str, Path], tmp_path: Path
+) -> None:
+    preview = {"sample_prompts": ["a photo of {token}"], "sample_every": 3, "sample_steps": 2}
+    tree = small_config(method, tmp_path, **preview)
+    tree["mixed_precision"] = "bf16"
+    run = train_here(tree)
+    assert all(tensor.dtype == torch.float32 for tensor in final_tensors(run).values())
+    losses = [
+        [json.loads(row)["loss"] for row in (r / "metrics.jsonl").read_text().splitlines()]
+        for r in (run, trained[method])
+    ]
+    assert losses[0] != losses[1], "nothing ran in another precision"
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+
+
 def test_missing_class_pictures_are_drawn_once(tmp_path: Path) -> None:
     tree = small_config("dreambooth", tmp_path, max_steps=1)
     tree["method"].update(num_class_images=10, class_infer_steps=2)

@@ -64,9 +64,12 @@ class Pack:
         }
         self.parameter_names = {value: name for name, value in self.parameters.items()}
         if config.train.gradient_checkpointing:
+            # Inactive in evaluation mode; neither model has dropout, so nothing else changes. The
+            # reentrant kind loses gradients where a layer's input needs none.
             base.unet.enable_gradient_checkpointing()
-            base.unet.train()  # checkpointing is inactive in evaluation mode
-            base.text_encoder.gradient_checkpointing_enable()
+            base.unet.train()
+            base.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+            base.text_encoder.train(self.method.trains_text)
         text_encoder = base.text_encoder if self.method.trains_text else None
         denoiser = Denoiser(base.unet, text_encoder, base.scheduler).to(mesh.device)
         self.denoiser, self.optimizer = mesh.prepare(denoiser, make_optimizer(config, groups))

@@ -120,8 +120,8 @@ def remove_folder(path: Path) -> None:
 
 
 def remove_temporaries(folder: Path) -> None:
-    """Clear what killed writers left directly in `folder`; call only under the run's lock."""
-    for left in folder.glob(".*.tmp"):
+    """Clear what killed writers left in `folder` and below; call only under the folder's lock."""
+    for left in list(folder.rglob(".*.tmp")):
         if left.is_dir():
             shutil.rmtree(left, ignore_errors=True)
         else:

@@ -192,13 +192,15 @@ def test_remove_temporaries_takes_only_what_killed_writers_left(tmp_path: Path) 
     for name in kept[:-1]:
         (tmp_path / name).touch()
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub/.deep.x.tmp").touch()
+    (tmp_path / "sub/.deep.x.tmp").mkdir()
+    (tmp_path / "sub/.deep.x.tmp/.inner.y.tmp").touch()
+    (tmp_path / "sub/kept").touch()
     (tmp_path / ".file.txt.a1.tmp").touch()
     (tmp_path / ".folder.b2.tmp/old").mkdir(parents=True)
     (tmp_path / ".folder.b2.tmp/old/file").touch()
     files.remove_temporaries(tmp_path)
     assert listed(tmp_path) == sorted(kept)
-    assert listed(tmp_path / "sub") == [".deep.x.tmp"]
+    assert listed(tmp_path / "sub") == ["kept"]
 
 
 def test_remove_folder_never_leaves_half_of_it_under_its_name(

@@ -286,6 +286,9 @@ def test_damage_after_preparing_is_refused(folder, tmp_path):
     path.write_bytes(data)
     with pytest.raises(DataError, match="latents are missing, of fox-2"):
         cache.get(2, 0)
+    path.write_bytes(data[:-10])
+    with pytest.raises(DataError, match="latents are missing, of fox-3"):
+        cache.get(3, 0)
 
 
 def test_values_that_are_not_finite_are_refused(folder, tmp_path):

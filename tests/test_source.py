@@ -164,6 +164,12 @@ def test_missing_empty_and_wrong_places(tmp_path):
         open_source(tmp_path / "fox.png")
 
 
+def test_an_index_that_is_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "index.json")
+    with pytest.raises(DataError, match=r"index\.json: no such index"):
+        open_source(tmp_path / "index.json")
+
+
 def test_two_pictures_of_one_name_are_refused(tmp_path):
     write_picture(tmp_path / "fox.png")
     write_picture(tmp_path / "fox.jpg", kind="JPEG")

@@ -227,7 +227,6 @@ def _describe(run: Run) -> None:
 
     def write() -> None:
         remove_temporaries(run.folder.path)
-        remove_temporaries(run.folder.checkpoints)
         write_config(run.folder, config)
         write_json(run.folder.environment, environment)
 

@@ -69,6 +69,7 @@ def test_sigkill_between_checkpoints_changes_nothing(method: str, tmp_path: Path
     assert process.returncode == -signal.SIGKILL
     newest = list_checkpoints(run / "checkpoints")[-1].name
     assert newest != f"step-{STEPS:08d}", "the kill came too late to prove anything"
+    (run / "subjects/fox/.model.planted.tmp").mkdir(parents=True)
     resumed = disttrain("train", config)
     assert resumed.returncode == 0, resumed.stderr
     assert f"going on from step {int(newest.split('-')[1])}" in resumed.stdout

@@ -151,7 +151,7 @@ def _instance_stream(
     name, records = data.settings.name, data.source.records
     cache = _latents(config, mesh, base, data.source, encoder, progress)
     captions = [
-        record.caption if record.caption is not None else words_of_stem(record.key)
+        record.caption if record.caption is not None else words_of_stem(record.stem)
         for record in records
     ]
 

@@ -248,6 +248,32 @@ def test_bf16_trains_close_to_full_precision(
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
+def test_velocity_models_train_and_keep_their_kind(tmp_path: Path) -> None:
+    tree = small_config("dreambooth", tmp_path, max_steps=2)
+    tree["base_prediction_type"] = "v_prediction"
+    run = train_here(tree)
+    saved = json.loads((run / "subjects/fox/model/scheduler/scheduler_config.json").read_text())
+    assert saved["prediction_type"] == "v_prediction"
+    plain = train_here(small_config("dreambooth", tmp_path / "plain", max_steps=2))
+    first, other = (
+        json.loads((r / "metrics.jsonl").read_text().splitlines()[0])["loss"] for r in (run, plain)
+    )
+    assert np.isfinite(first)
+    assert first != pytest.approx(other, rel=1e-3)
+
+
+def test_tensorboard_gets_what_metrics_say(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train_here(small_config("lora", tmp_path, max_steps=3, trackers=["tensorboard"]))
+    (events,) = [path for path in run.rglob("events.out.tfevents.*") if path.parent.name == "lora"]
+    log = EventAccumulator(str(events)).Reload()
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scalars = log.Scalars("loss/fox")
+    assert [event.step for event in scalars] == [1, 2, 3]
+    assert [event.value for event in scalars] == pytest.approx([row["loss"] for row in rows])
+
+
 def test_missing_class_pictures_are_drawn_once(tmp_path: Path) -> None:
     tree = small_config("dreambooth", tmp_path, max_steps=1)
     tree["method"].update(num_class_images=10, class_infer_steps=2)

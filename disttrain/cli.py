@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{prefix}disttrain: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
-        print("disttrain: interrupted before training began", file=sys.stderr)
+        print("disttrain: interrupted; the same command starts or goes on", file=sys.stderr)
         return 130
     except BrokenPipeError:  # output piped into head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -305,7 +305,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             return self.refuse(403, "GatedRepo")
         if "missing" in path:
             return self.refuse(401, "RepoNotFound")
-        if "norevision" in path:
+        if "/v9" in path:
             return self.refuse(404, "RevisionNotFound")
         files = sorted(p for p in folder.rglob("*") if p.is_file())
         if path.startswith("/api/models/") and "/tree/" in path:
@@ -350,7 +350,7 @@ def attempt(spec, **options):
 found = {spec: attempt(spec) for spec in ("team/model", "team/gated", "team/missing")}
 fetched = sorted(path.rsplit("/", 1)[-1] for command, path in asked if command == "GET")
 found["fetched"] = fetched
-found["revision"] = attempt("team/norevision", revision="v9")
+found["revision"] = attempt("team/model", revision="v9")
 server.shutdown()
 server.server_close()
 found["cached"] = attempt("team/model")

@@ -34,7 +34,8 @@ def describe_learning_rate(config: RunConfig, data_parallel: int) -> dict[str, A
     batch, accumulation = config.data.batch_size, config.train.gradient_accumulation_steps
     factor = learning_rate_factor(config.optim.scale_lr, data_parallel, batch, accumulation)
     rule = config.optim.scale_lr
-    parts = f"{data_parallel} processes x {batch} batch x {accumulation} accumulation"
+    many = "process" if data_parallel == 1 else "processes"
+    parts = f"{data_parallel} {many} x {batch} batch x {accumulation} accumulation"
     how = {"linear": parts, "sqrt": f"sqrt({parts})", "none": "1 (scale_lr: none)"}[rule]
     rate = config.optim.learning_rate * factor
     return {

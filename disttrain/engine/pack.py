@@ -142,7 +142,8 @@ class Pack:
             raise TrainingFailed(
                 f"loss or gradient of {', '.join(bad)} is not finite at step {self.step + 1} "
                 f"(samples {self.cursor} to {last}); the weights are those of step {self.step}. "
-                "Lower optim.learning_rate, or look at the pictures, then run again"
+                "Look at the pictures and run again, or start over with a lower optim.learning_rate "
+                "and --fresh"
             )
 
     def state(self) -> Checkpoint:

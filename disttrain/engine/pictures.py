@@ -37,7 +37,9 @@ class SubjectData:
     plan: PromptPlan
 
 
-def open_subject(config: RunConfig, subject: SubjectSettings, progress: Progress) -> SubjectData:
+def open_subject(
+    config: RunConfig, subject: SubjectSettings, world: int, progress: Progress
+) -> SubjectData:
     """A subject's pictures and prompts, checked.
 
     Raises:
@@ -52,13 +54,13 @@ def open_subject(config: RunConfig, subject: SubjectSettings, progress: Progress
     if captions and not plan.uses_captions:
         progress.warn(
             f"subject {subject.name}: {captions} captions are not used; "
-            "put {caption} into instance_prompt to use them"
+            "put {caption} into instance_prompt, or choose a template with [filewords]"
         )
-    per_step = config.data.batch_size * config.train.gradient_accumulation_steps
+    per_step = config.data.batch_size * config.train.gradient_accumulation_steps * world
     if len(source.records) % per_step:
         progress.warn(
-            f"subject {subject.name}: {len(source.records)} pictures do not divide by batch x "
-            f"accumulation = {per_step}; an update may hold pictures of two epochs"
+            f"subject {subject.name}: {len(source.records)} pictures do not divide by processes x "
+            f"batch x accumulation = {per_step}; an update may hold pictures of two epochs"
         )
     return SubjectData(subject, source, given, plan)
 

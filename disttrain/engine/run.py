@@ -53,6 +53,8 @@ class Run:
     def check(self) -> None:
         """Find everything that is wrong with the base model or a subject's files."""
         self.base = self._load_base()
+        for note in self.base.notes:
+            self.progress.warn(note)
         METHODS[self.config.method.name].check(self.base, self.config)
         if self.config.data.resolution % self.base.latent_scale:
             raise ConfigError(
@@ -62,7 +64,9 @@ class Run:
         waiting = {name for names in self.queue for name in names}
         for subject in self.config.subjects:
             if subject.name in waiting:
-                self.data[subject.name] = open_subject(self.config, subject, self.progress)
+                self.data[subject.name] = open_subject(
+                    self.config, subject, self.mesh.world, self.progress
+                )
                 warning = token_warning(self.config, self.base.tokenizer, subject)
                 if warning:
                     self.progress.warn(warning)

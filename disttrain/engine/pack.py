@@ -142,8 +142,7 @@ class Pack:
             raise TrainingFailed(
                 f"loss or gradient of {', '.join(bad)} is not finite at step {self.step + 1} "
                 f"(samples {self.cursor} to {last}); the weights are those of step {self.step}. "
-                "Look at the pictures and run again, or start over with a lower optim.learning_rate "
-                "and --fresh"
+                "Look at the pictures and run again, or use --fresh with a lower learning rate"
             )
 
     def state(self) -> Checkpoint:

@@ -347,6 +347,13 @@ def _check_subject(config: RunConfig, subject: SubjectSettings, where: str) -> N
         _refuse(f"{where}.token", f"{subject.token!r} is no word; give one, such as sks")
     if isinstance(config.method, TextualInversionSettings) and len(subject.token.split()) > 1:
         _refuse(f"{where}.token", f"{subject.token!r} has a blank; a new token is one word")
+    several = getattr(config.method, "num_vectors", 1) > 1
+    if several and subject.token != subject.token.lower():
+        _refuse(
+            f"{where}.token",
+            f"{subject.token!r} has capitals, with which diffusers reads only the first of several "
+            f"vectors; write {subject.token.lower()}",
+        )
     if subject.instance_prompt and subject.template:
         _refuse(f"{where}.template", "given beside instance_prompt; remove one of the two")
     _check_prompt_fields(subject, config, where)

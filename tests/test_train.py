@@ -194,6 +194,7 @@ def test_packed_subjects_end_as_each_alone(tmp_path: Path) -> None:
 REFUSED = [
     ("subjects.0.images=nowhere", ConfigError, "subjects.0.images"),
     ("subjects.0.token=cat", ConfigError, "vocabulary already holds 'cat'"),
+    ("subjects.0.token=<Fox>", ConfigError, "subjects.0.token: '<Fox>' has capitals"),
     ("base_model=nowhere/at/all", ModelError, "base_model"),
     ("method.init_text='   '", ConfigError, "method.init_text"),
     ("subjects.0.template=none.txt", DataError, "none.txt line 1"),

@@ -149,7 +149,8 @@ def restore_optimizer(
         name, key = full.rsplit(SEPARATOR, 1)
         parameter = parameters[name]
         on_device = value.dim() > 0  # torch keeps scalar step counts on the CPU
-        optimizer.state[parameter][key] = value.to(parameter.device) if on_device else value
+        placed = value.to(parameter.device) if on_device else value
+        optimizer.state[parameter][key] = placed.clone()  # a file's own memory is not aligned
 
 
 def restore_parameters(parameters: dict[str, Tensor], saved: dict[str, Tensor], path: str) -> None:

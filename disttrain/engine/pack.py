@@ -30,7 +30,7 @@ from disttrain.engine.optim import (
 )
 from disttrain.errors import CheckpointError, TrainingFailed
 from disttrain.methods import METHODS
-from disttrain.methods.base import Method
+from disttrain.methods.base import Method, all_parameters
 from disttrain.methods.batch import Batcher, SubjectStreams
 from disttrain.methods.objective import Denoiser
 from disttrain.models.base import BaseModel
@@ -59,9 +59,7 @@ class Pack:
         placed(base.text_encoder, mesh.device, dtype)
         self.method: Method = METHODS[config.method.name](base, config, subjects)
         groups = self.method.groups()
-        self.parameters: dict[str, Tensor] = {
-            name: value for group in groups for name, value in group.parameters.items()
-        }
+        self.parameters: dict[str, Tensor] = {**all_parameters(groups)}
         self.parameter_names = {value: name for name, value in self.parameters.items()}
         if config.train.gradient_checkpointing:
             # Inactive in evaluation mode; neither model has dropout, so nothing else changes. The

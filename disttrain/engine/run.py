@@ -33,7 +33,7 @@ from disttrain.errors import ConfigError
 from disttrain.files import FolderLock, remove_temporaries, write_json
 from disttrain.methods import METHODS
 from disttrain.methods.base import token_warning
-from disttrain.models.base import BaseModel, load_base
+from disttrain.models.base import BaseModel, configured_base
 
 
 class Run:
@@ -73,12 +73,7 @@ class Run:
 
     def _load_base(self) -> BaseModel:
         self.progress.say(f"loading base model {self.config.base_model}")
-        kind = self.config.base_prediction_type
-        return load_base(
-            self.config.base_model,
-            revision=self.config.base_revision or None,
-            prediction_type=None if kind == "auto" else kind,
-        )
+        return configured_base(self.config)
 
     def make_pack(self, names: list[str]) -> Pack:
         """The pack of these subjects, at the step of its newest checkpoint."""

@@ -67,9 +67,9 @@ class Method(Protocol):
         ...
 
 
-def all_parameters(method: Method) -> dict[str, nn.Parameter]:
-    """Every trainable tensor of a method by name."""
-    return {name: value for group in method.groups() for name, value in group.parameters.items()}
+def all_parameters(groups: Sequence[ParameterGroup]) -> dict[str, nn.Parameter]:
+    """Every trainable tensor of a method's groups by name."""
+    return {name: value for group in groups for name, value in group.parameters.items()}
 
 
 RARE_ID = 40_000

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from disttrain.config import RunConfig
 from disttrain.errors import ModelError
 from disttrain.models.folder import load_folder, weight_files
 from disttrain.models.hub import download
@@ -16,7 +17,7 @@ from disttrain.models.parts import BaseModel
 from disttrain.models.single_file import load_single_file
 from disttrain.models.tiny import build_tiny
 
-__all__ = ["BaseModel", "load_base"]
+__all__ = ["BaseModel", "configured_base", "load_base"]
 
 SINGLE_FILES = (".safetensors", ".ckpt")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -48,3 +49,13 @@ def load_base(
         raise ModelError(f"base_model: {spec} does not exist")
     folder = download(spec, revision, map(weight_files, ("unet", "text_encoder", "vae")))
     return load_folder(folder, spec, prediction_type)
+
+
+def configured_base(config: RunConfig) -> BaseModel:
+    """The base model a run's settings name; raises `ModelError` as `load_base` does."""
+    kind = config.base_prediction_type
+    return load_base(
+        config.base_model,
+        revision=config.base_revision or None,
+        prediction_type=None if kind == "auto" else kind,
+    )

@@ -28,7 +28,7 @@ from disttrain.errors import ConfigError, ModelError
 from disttrain.files import write_bytes
 from disttrain.formats.embedding import read_embedding
 from disttrain.formats.lora import read_lora
-from disttrain.models.base import BaseModel, load_base
+from disttrain.models.base import BaseModel, configured_base, load_base
 from disttrain.models.packed import (
     PackedLoRALinear,
     PackedTokenEmbedding,
@@ -133,12 +133,7 @@ def load_result(
     stem = subject.name if step is None else f"steps/{subject.name}-{step:08d}"
     path = folder / f"{stem}.safetensors"
     _check_exists(path, folder)
-    kind = config.base_prediction_type
-    base = load_base(
-        config.base_model,
-        revision=config.base_revision or None,
-        prediction_type=None if kind == "auto" else kind,
-    )
+    base = configured_base(config)
     if isinstance(config.method, TextualInversionSettings):
         return base, attach_embedding(base, read_embedding(path).vectors)
     assert isinstance(config.method, LoraSettings)

@@ -1,7 +1,7 @@
 # Two commands matter: `make demo` (first results in minutes) and `make test`.
 PYTHON ?= python3.11
 BIN := .venv/bin
-SOURCES := disttrain tests examples
+SOURCES := disttrain tests examples docs
 
 .PHONY: install demo test test-all check format clean
 

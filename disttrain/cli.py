@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from disttrain.config import load_config
+    from disttrain.config_file import load_config
 
     config = load_config(options.config, options.overrides)
     if options.dry_run:

@@ -1,23 +1,16 @@
 """RunConfig: everything a run depends on, as one tree of frozen, typed settings.
 
-First link of the pipeline: YAML and dotted overrides come in, every other module reads this tree.
-Invariant: a `RunConfig` from `load_config` passed every check that needs neither torch nor the base
-model. The string under each field is its help text (`disttrain keys` prints it).
+First link of the pipeline: `config_file.py` fills it from YAML, every other module reads it.
+Invariant: settings only, no behaviour beyond what follows from a few of them. The string under each
+field is its help text (`disttrain keys` prints it).
 """
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from disttrain import schema
-from disttrain.errors import ConfigError
-
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 METHODS_WITH_CLASS_WORD = ("lora", "dreambooth")
 
 
@@ -76,7 +69,17 @@ class DreamboothSettings(PriorSettings):
     """Also train the text encoder."""
 
 
-MethodSettings = TextualInversionSettings | LoraSettings | DreamboothSettings
+@dataclass(frozen=True)
+class FinetuneSettings:
+    """The whole UNet learns a captioned set; no new word, no class pictures."""
+
+    name: Literal["finetune"] = "finetune"
+    """Which method; finetune trains the model itself on captioned pictures."""
+    train_text_encoder: bool = False
+    """Also train the text encoder."""
+
+
+MethodSettings = TextualInversionSettings | LoraSettings | DreamboothSettings | FinetuneSettings
 
 
 @dataclass(frozen=True)
@@ -86,9 +89,11 @@ class SubjectSettings:
     name: str
     """Name of the result; the files are subjects/NAME/NAME.safetensors."""
     images: str
-    """A folder of pictures (a same-stem .txt is its caption), or the index.json of tar shards."""
-    token: str
-    """The word that will mean the subject; for textual inversion the name of the new token."""
+    """A folder of pictures, or the index.json of tar shards: a path, or a URL that begins with
+    file, http, https, s3 or gs."""
+    token: str = ""
+    """The word that will mean the subject; for textual inversion the name of the new token.
+    finetune needs none."""
     class_name: str = ""
     """What kind of thing it is, in the base model's words: fox, dog, person."""
     instance_prompt: str = ""
@@ -110,14 +115,70 @@ class DataSettings:
     """Side of the square training pictures in pixels; a multiple of 8."""
     batch_size: int = 1
     """Pictures of one subject per step, process and accumulation step."""
+    global_batch_size: int | None = None
+    """Pictures of one subject per optimizer step over all processes. Given, it settles
+    gradient_accumulation_steps (and lowers batch_size where it must); empty: processes x batch_size
+    x gradient_accumulation_steps of the first start. A run keeps it on any number of processes."""
     center_crop: bool = True
     """Crop the middle of pictures that are not square; false draws the place of the crop."""
     cached_crops: int = 4
-    """With center_crop false: different crops kept per picture, one drawn each time it is seen."""
+    """With center_crop false and cache_latents: different crops kept per picture, one drawn each
+    time it is seen. Without the cache each crop is drawn afresh."""
     random_flip: bool = False
     """Mirror each picture left to right with probability one half."""
     latent_sampling: Literal["random", "deterministic", "once"] = "random"
     """Sample of the autoencoder's posterior: drawn afresh each time, its mean, or drawn once."""
+    aspect_ratio_buckets: bool = False
+    """Train pictures at a size of their own aspect ratio (area about resolution squared) instead of
+    cropping them to squares; each optimizer step holds pictures of one size."""
+    bucket_step: int = 64
+    """Sides of buckets are multiples of this many pixels."""
+    bucket_max_aspect: float = 2.0
+    """Longest side of a bucket over its shortest; pictures beyond are cropped."""
+    cache_latents: bool = True
+    """Encode every picture once, before training, and keep the result for all runs; false decodes
+    and encodes pictures while training."""
+    latent_precision: Literal["float32", "float16"] = "float32"
+    """How cached latents are stored; float16 halves their size."""
+    cache_text: bool = True
+    """Keep encoded prompts on disk where the text encoder is not trained and prompts are fixed."""
+    num_workers: int | None = None
+    """Processes that decode pictures ahead of training without cached latents; empty: 2.
+    With cached latents: threads that decode ahead of the encoder."""
+    epoch_end: Literal["auto", "wrap", "drop"] = "auto"
+    """What becomes of pictures that do not fill the last step of an epoch: wrap fills it with the
+    next epoch's first ones, drop leaves them out; auto wraps sets of under 10000 pictures."""
+    shuffle_window: int = 50_000
+    """Pictures that are shuffled together, after their shards were; larger sets then read their
+    shards nearly in sequence. 0: the whole set."""
+    max_damaged: float | None = None
+    """Share of pictures that may be damaged and passed over before the run stops; empty: 0.01, and
+    none for under 100 pictures."""
+    shard_cache_gb: float = 20.0
+    """Disk space for shards fetched from URLs, in GB; the least recently used leave first."""
+
+
+@dataclass(frozen=True)
+class CaptionSettings:
+    """What the words of a picture are, and how they vary from draw to draw."""
+
+    column: str = ""
+    """Column of a folder's metadata.jsonl or metadata.csv that holds captions; empty: text, else
+    caption. A same-stem .txt goes before it."""
+    filename_pattern: str = ""
+    """For pictures without a caption: regular expression whose matches in the file name are the
+    caption's words; empty: the name without leading numbers."""
+    filename_join: str = " "
+    """What stands between the matches of filename_pattern."""
+    shuffle_tags: bool = False
+    """Shuffle the comma-separated tags of a caption at each draw."""
+    keep_tags: int = 0
+    """Tags at the start of a caption that are neither shuffled nor dropped."""
+    tag_dropout: float = 0.0
+    """Probability with which each tag is left out of a draw."""
+    dropout: float = 0.0
+    """Probability with which a draw's whole prompt is empty, which teaches the model what guidance
+    leads away from. Not for textual inversion, where the prompt is all that learns."""
 
 
 @dataclass(frozen=True)
@@ -147,7 +208,10 @@ class OptimSettings:
     """Added to the denominator of the update."""
     weight_decay: float | None = None
     """Decoupled weight decay; empty: 0 for textual inversion (vectors have no natural scale to
-    shrink to), 0.01 for lora and dreambooth."""
+    shrink to), 0.01 for the others."""
+    ema_decay: float = 0.0
+    """Decay of an exponential moving average of the trained weights, such as 0.9999; results and
+    previews are then made from the average. 0: no average."""
 
 
 @dataclass(frozen=True)
@@ -189,13 +253,15 @@ class RunConfig:
     method: MethodSettings
     """How subjects are taught."""
     subjects: tuple[SubjectSettings, ...]
-    """Results to make; textual inversion and lora train them together, dreambooth in turn."""
+    """Results to make; textual inversion and lora train them together, the others in turn."""
     optim: OptimSettings
     """How weights change."""
     train: TrainSettings
     """How long and what is left behind."""
     data: DataSettings = field(default_factory=DataSettings)
     """How pictures become batches."""
+    captions: CaptionSettings = field(default_factory=CaptionSettings)
+    """What the words of a picture are."""
     output_dir: str = "runs"
     """Folder that holds run folders, and the cache of latents they share."""
     base_model: str = "tiny"
@@ -221,8 +287,13 @@ class RunConfig:
 
     @property
     def packable(self) -> bool:
-        """Whether subjects train together over one frozen base."""
-        return not isinstance(self.method, DreamboothSettings)
+        """Whether tensors have a subject axis, over one frozen base."""
+        return isinstance(self.method, (TextualInversionSettings, LoraSettings))
+
+    @property
+    def together(self) -> bool:
+        """Whether subjects train in one pack: they do when all pictures have one size."""
+        return self.packable and not self.data.aspect_ratio_buckets
 
     @property
     def prior(self) -> PriorSettings | None:
@@ -236,159 +307,3 @@ class RunConfig:
         if self.optim.weight_decay is not None:
             return self.optim.weight_decay
         return 0.0 if isinstance(self.method, TextualInversionSettings) else 0.01
-
-
-def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """The checked settings of a config file with overrides laid over it.
-
-    Raises:
-        ConfigError: anything that `disttrain` can see to be wrong before it loads a model.
-    """
-    return parse_config(schema.apply_overrides(schema.read_mapping(path), overrides))
-
-
-def parse_config(tree: dict[str, Any]) -> RunConfig:
-    """The checked settings of a plain mapping; raises `ConfigError` as `load_config` does."""
-    config = schema.build(RunConfig, tree)
-    _check_run(config)
-    _check_numbers(config)
-    for i, subject in enumerate(config.subjects):
-        _check_subject(config, subject, f"subjects.{i}")
-    return config
-
-
-def _refuse(key: str, problem: str) -> None:
-    raise ConfigError(f"{key}: {problem}")
-
-
-def _check_run(config: RunConfig) -> None:
-    if not NAME.fullmatch(config.name):
-        _refuse("name", f"{config.name!r} is no folder name; use letters, digits, dot, dash")
-    if not config.subjects:
-        _refuse("subjects", "empty; name at least one subject to teach")
-    names = [subject.name for subject in config.subjects]
-    for i, name in enumerate(names):
-        if name.lower() in (other.lower() for other in names[:i]):
-            _refuse(f"subjects.{i}.name", f"{name!r} is used twice; each result needs its own name")
-    method = config.method
-    if isinstance(method, LoraSettings):
-        if not method.target_modules:
-            _refuse("method.target_modules", "empty; name at least one layer, such as to_q")
-        if method.train_text_encoder and not method.text_encoder_target_modules:
-            _refuse("method.text_encoder_target_modules", "empty; name one, such as q_proj")
-    trains_text = isinstance(method, PriorSettings) and getattr(method, "train_text_encoder", False)
-    if config.optim.text_encoder_learning_rate is not None and not trains_text:
-        _refuse(
-            "optim.text_encoder_learning_rate",
-            "the text encoder is not trained; set method.train_text_encoder: true or remove it",
-        )
-    if config.train.sample_every > 0 and not config.train.sample_prompts:
-        _refuse("train.sample_prompts", "empty while sample_every asks for previews; add a prompt")
-
-
-def _check_numbers(config: RunConfig) -> None:
-    method, data, optim, train = config.method, config.data, config.optim, config.train
-    at_least: list[tuple[str, float, float]] = [
-        ("seed", config.seed, 0),
-        ("data.resolution", data.resolution, 8),
-        ("data.batch_size", data.batch_size, 1),
-        ("data.cached_crops", data.cached_crops, 1),
-        ("optim.lr_warmup_steps", optim.lr_warmup_steps, 0),
-        ("optim.max_grad_norm", optim.max_grad_norm, 0),
-        ("optim.weight_decay", config.weight_decay, 0),
-        ("train.max_steps", train.max_steps, 1),
-        ("train.gradient_accumulation_steps", train.gradient_accumulation_steps, 1),
-        ("train.checkpoint_every", train.checkpoint_every, 1),
-        ("train.keep_checkpoints", train.keep_checkpoints, 1),
-        ("train.sample_every", train.sample_every, 0),
-        ("train.sample_steps", train.sample_steps, 1),
-        ("train.sample_guidance_scale", train.sample_guidance_scale, 1),
-        ("train.sample_seed", train.sample_seed, 0),
-    ]
-    above_zero = [
-        ("optim.learning_rate", optim.learning_rate),
-        ("optim.adam_epsilon", optim.adam_epsilon),
-    ]
-    if optim.text_encoder_learning_rate is not None:
-        above_zero.append(("optim.text_encoder_learning_rate", optim.text_encoder_learning_rate))
-    if isinstance(method, PriorSettings):
-        at_least.append(("method.num_class_images", method.num_class_images, 0))
-        at_least.append(("method.prior_loss_weight", method.prior_loss_weight, 0))
-        at_least.append(("method.class_infer_steps", method.class_infer_steps, 1))
-        at_least.append(("method.class_guidance_scale", method.class_guidance_scale, 1))
-    if isinstance(method, LoraSettings):
-        at_least.append(("method.rank", method.rank, 1))
-        above_zero.append(("method.alpha", method.alpha))
-    for key, value, low in at_least:
-        if not low <= value < float("inf"):
-            _refuse(key, f"{value} is impossible; it must be at least {low}")
-    for key, value in above_zero:
-        if not 0 < value < float("inf"):
-            _refuse(key, f"{value} is impossible; it must be above 0")
-    for key, value in (("adam_beta1", optim.adam_beta1), ("adam_beta2", optim.adam_beta2)):
-        if not 0 <= value < 1:
-            _refuse(f"optim.{key}", f"{value} is impossible; it must be at least 0 and below 1")
-    if data.resolution % 8:
-        _refuse("data.resolution", f"{data.resolution} is not a multiple of 8")
-    if isinstance(method, TextualInversionSettings) and not 1 <= method.num_vectors <= 75:
-        _refuse("method.num_vectors", f"{method.num_vectors} is impossible; it must be 1 to 75")
-    if optim.lr_warmup_steps > train.max_steps:
-        _refuse("optim.lr_warmup_steps", "more than train.max_steps; the rate would never be full")
-
-
-def _check_subject(config: RunConfig, subject: SubjectSettings, where: str) -> None:
-    if not NAME.fullmatch(subject.name):
-        _refuse(
-            f"{where}.name", f"{subject.name!r} is no file name; use letters, digits, dot, dash"
-        )
-    if not os.path.exists(subject.images):
-        _refuse(f"{where}.images", f"{subject.images} does not exist; give a folder of pictures")
-    if not subject.token.strip() or subject.token != subject.token.strip():
-        _refuse(f"{where}.token", f"{subject.token!r} is no word; give one, such as sks")
-    if isinstance(config.method, TextualInversionSettings) and len(subject.token.split()) > 1:
-        _refuse(f"{where}.token", f"{subject.token!r} has a blank; a new token is one word")
-    several = getattr(config.method, "num_vectors", 1) > 1
-    if several and subject.token != subject.token.lower():
-        _refuse(
-            f"{where}.token",
-            f"{subject.token!r} has capitals, with which diffusers reads only the first of several "
-            f"vectors; write {subject.token.lower()}",
-        )
-    if subject.instance_prompt and subject.template:
-        _refuse(f"{where}.template", "given beside instance_prompt; remove one of the two")
-    _check_prompt_fields(subject, config, where)
-    prior = config.prior
-    if subject.class_images:
-        if prior is None:
-            _refuse(
-                f"{where}.class_images",
-                "prior preservation is off; set method.num_class_images above 0, or remove it"
-                if isinstance(config.method, PriorSettings)
-                else "textual inversion has no prior preservation; remove it",
-            )
-        if not os.path.isdir(subject.class_images):
-            _refuse(f"{where}.class_images", f"{subject.class_images} is not a folder")
-
-
-def _check_prompt_fields(subject: SubjectSettings, config: RunConfig, where: str) -> None:
-    """Unknown or empty placeholders in a prompt are found before anything is loaded."""
-    prompts = [(f"{where}.instance_prompt", subject.instance_prompt)]
-    if config.prior is not None:
-        prompts.append((f"{where}.class_prompt", subject.class_prompt))
-    prompts += [
-        (f"train.sample_prompts.{i}", text) for i, text in enumerate(config.train.sample_prompts)
-    ]
-    for key, text in prompts:
-        for name in re.findall(r"\{([^{}]*)\}", text):
-            if name not in ("token", "class_name", "caption"):
-                _refuse(key, f"{{{name}}} is unknown; use {{token}}, {{class_name}}, {{caption}}")
-            if name == "class_name" and not subject.class_name:
-                _refuse(f"{where}.class_name", f"empty, but {key} asks for {{class_name}}")
-            if name == "caption" and "instance_prompt" not in key:
-                _refuse(key, "{caption} belongs to training pictures; write the words out")
-    usual = not subject.instance_prompt and not subject.template
-    if usual and config.method.name in METHODS_WITH_CLASS_WORD and not subject.class_name:
-        _refuse(f"{where}.class_name", "empty; say what kind of thing it is, such as fox")
-    teaches = "{token}" in subject.instance_prompt or "[name]" in subject.instance_prompt
-    if subject.instance_prompt and not teaches:
-        _refuse(f"{where}.instance_prompt", "does not hold {token}, so the word learns nothing")

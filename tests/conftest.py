@@ -95,7 +95,7 @@ def disttrain(*arguments: str | Path, timeout: float = 180) -> subprocess.Comple
 
 def train_here(tree: dict[str, Any], fresh: bool = False) -> Path:
     """Train in this process; returns the run folder."""
-    from disttrain.config import parse_config
+    from disttrain.config_file import parse_config
     from disttrain.engine.train import train
 
     config = parse_config(tree)

@@ -17,9 +17,8 @@ from disttrain.config import (
     LoraSettings,
     RunConfig,
     TextualInversionSettings,
-    load_config,
-    parse_config,
 )
+from disttrain.config_file import load_config, parse_config
 from disttrain.errors import ConfigError
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -121,7 +120,7 @@ REFUSED: list[tuple[str, list[str], str, str]] = [
         "subjects.0.class_images",
         "prior preservation is off",
     ),
-    (TI, ["subjects.0.class_images=examples"], "subjects.0.class_images", "textual inversion has"),
+    (TI, ["subjects.0.class_images=examples"], "subjects.0.class_images", "textual_inversion has"),
     (
         DREAMBOOTH,
         ["subjects.0.class_images=nowhere"],

@@ -11,7 +11,8 @@ import torch
 from conftest import small_config
 from torch import Tensor, nn
 
-from disttrain.config import OptimSettings, RunConfig, parse_config
+from disttrain.config import OptimSettings, RunConfig
+from disttrain.config_file import parse_config
 from disttrain.engine.optim import (
     PackedAdamW,
     clip_gradients,

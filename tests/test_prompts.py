@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 from conftest import ROOT, small_config
 
-from disttrain.config import RunConfig, parse_config
+from disttrain.config import RunConfig
+from disttrain.config_file import parse_config
 from disttrain.errors import DataError
 from disttrain.prompts import PromptPlan, prompt_plan, read_template, words_of_stem
 

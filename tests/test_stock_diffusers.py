@@ -13,7 +13,7 @@ from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import Stabl
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from PIL import Image
 
-from disttrain.config import load_config
+from disttrain.config_file import load_config
 from disttrain.data.images import read_png_text
 from disttrain.models.sampler import DrawSettings
 from disttrain.review.sample import SampleRequest, draw, sample

@@ -72,7 +72,7 @@ def test_textual_inversion_changes_its_rows_only(tmp_path: Path, trained: dict[s
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {"tokens": (1, 2, 64)}
     optimizer = read_tensors(checkpoint / "optimizer.safetensors")
     assert sum(t.numel() for t in optimizer.values()) == 2 * 2 * 64 + 1
-    from disttrain.config import parse_config
+    from disttrain.config_file import parse_config
     from disttrain.methods.textual_inversion import TextualInversion
 
     config = parse_config(small_config("textual_inversion", tmp_path))

@@ -26,6 +26,10 @@ MAY_CHANGE = (
     "name",
     "output_dir",
     "data.batch_size",
+    "data.num_workers",
+    "data.max_damaged",
+    "data.shard_cache_gb",
+    "data.cache_text",
     "train.gradient_accumulation_steps",
     "train.gradient_checkpointing",
     "train.max_steps",
@@ -110,7 +114,8 @@ def check_same_run(folder: RunFolder, config: RunConfig) -> None:
     Raises:
         ConfigError: naming the keys that differ.
     """
-    old = schema.read_mapping(folder.config)
+    # Built and taken apart again, so that keys which a later version added have their defaults.
+    old = schema.to_mapping(schema.build(RunConfig, schema.read_mapping(folder.config)))
     changed = [
         f"{key} ({before} -> {after})"
         for key, (before, after) in schema.differences(old, schema.to_mapping(config)).items()

@@ -19,8 +19,8 @@ from disttrain.config import (
     RunConfig,
     SubjectSettings,
     TextualInversionSettings,
-    load_config,
 )
+from disttrain.config_file import load_config
 from disttrain.data.images import encode_png
 from disttrain.engine.previews import parameters_text
 from disttrain.engine.run_folder import RunFolder

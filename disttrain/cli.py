@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,8 @@ from disttrain.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
 
 EXAMPLES = {
     "train": "disttrain train configs/lora.yaml train.max_steps=200 subjects.0.token=ohwx",
-    "shard": "disttrain shard examples/subjects/fox shards/fox",
+    "cache": "disttrain cache configs/finetune.yaml",
+    "shard": "disttrain shard examples/subjects/fox shards/fox --max-size 100MB",
     "sample": 'disttrain sample runs/fox-lora --prompt "a photo of {token} {class_name}"',
     "doctor": "disttrain doctor",
     "keys": "disttrain keys optim",
@@ -36,25 +38,65 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"disttrain {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
+    _add_train(commands)
+    _add_shard(commands)
+    _add_sample(commands)
+    _command(commands, "doctor", "show versions, devices and what is missing")
+    keys = _command(commands, "keys", "list every config key with its help")
+    keys.add_argument("prefix", nargs="?", default="", help="only keys that start with this")
+    return parser
+
+
+_Commands = argparse._SubParsersAction  # argparse has no public name for it
+
+
+def _add_train(commands: _Commands[argparse.ArgumentParser]) -> None:
     train = _command(commands, "train", "teach the subjects of a config; goes on where it stopped")
-    train.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, see configs/")
-    train.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings to change"
-    )
+    _add_config(train)
     train.add_argument("--fresh", action="store_true", help="start over in a new folder NAME-2")
     train.add_argument(
         "--dry-run", action="store_true", help="check and print the plan, write nothing"
     )
+    _add_config(_command(commands, "cache", "encode a config's pictures and prompts for training"))
 
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, see configs/")
+    parser.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings to change"
+    )
+
+
+def _add_shard(commands: _Commands[argparse.ArgumentParser]) -> None:
     shard = _command(commands, "shard", "turn a folder of pictures into webdataset tar shards")
     shard.add_argument("source", nargs="?", type=Path, metavar="SRC", help="folder of pictures")
     shard.add_argument(
         "destination", nargs="?", type=Path, metavar="DST", help="folder for the tars"
     )
     shard.add_argument("--samples-per-shard", type=int, default=1000, help="default 1000")
-    shard.add_argument("--index", nargs="+", metavar="GLOB", help="index tars that exist already")
-    shard.add_argument("--verify", type=Path, metavar="INDEX", help="look for damaged shards")
+    shard.add_argument(
+        "--max-size", default="256MB", metavar="SIZE", help="size of a shard, default 256MB"
+    )
+    shard.add_argument(
+        "--index",
+        nargs="+",
+        metavar="PLACE",
+        help="index tars that exist already: paths or URLs, with * or {000..099}",
+    )
+    shard.add_argument(
+        "--output", type=Path, metavar="INDEX", help="with --index: default index.json beside them"
+    )
+    shard.add_argument(
+        "--caption-key",
+        metavar="KEY",
+        help="which key of .json members (default caption), or which column of SRC's "
+        "metadata.jsonl or .csv (default text, else caption), holds captions",
+    )
+    shard.add_argument("--workers", type=int, help="tars at once; default: one a core, at most 8")
+    shard.add_argument("--verify", metavar="INDEX", help="look for damaged shards")
 
+
+def _add_sample(commands: _Commands[argparse.ArgumentParser]) -> None:
     sample = _command(commands, "sample", "draw pictures with what a run has learned")
     sample.add_argument("run", type=Path, metavar="RUN", help="run folder")
     sample.add_argument("--prompt", required=True, help="with {token} and {class_name}")
@@ -68,14 +110,9 @@ def build_parser() -> argparse.ArgumentParser:
     sample.add_argument("--size", type=int, help="side in pixels; default: the run's resolution")
     sample.add_argument("--output", type=Path, help="folder; default RUN/samples")
 
-    _command(commands, "doctor", "show versions, devices and what is missing")
-    keys = _command(commands, "keys", "list every config key with its help")
-    keys.add_argument("prefix", nargs="?", default="", help="only keys that start with this")
-    return parser
-
 
 def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, text: str
+    commands: _Commands[argparse.ArgumentParser], name: str, text: str
 ) -> argparse.ArgumentParser:
     return commands.add_parser(
         name, help=text, description=text.capitalize() + ".", epilog=f"example: {EXAMPLES[name]}"
@@ -86,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
-    if options.command == "train":  # overrides may also stand after an option
+    if options.command in ("train", "cache"):  # overrides may also stand after an option
         words = [word for word in rest if not word.startswith("-")]
         options.overrides = [*options.overrides, *words]
         rest = [word for word in rest if word.startswith("-")]
@@ -125,39 +162,95 @@ def _train(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _shard(options: argparse.Namespace) -> int:
-    from disttrain.data.shards import expand_patterns, index_tars, verify, write_shards
-    from disttrain.engine.progress import Progress
+def _cache(options: argparse.Namespace) -> int:
+    from disttrain.config_file import load_config
 
-    progress = Progress(shown=True)
-    if options.verify:
-        with progress.counter("shards checked") as count:
-            damaged = verify(options.verify, progress=count)
-        for line in damaged:
-            print(line)
-        print(f"{len(damaged)} damaged" if damaged else "all shards are whole")
-        return EXIT_USER_ERROR if damaged else EXIT_DONE
-    if options.index:
-        tars = expand_patterns(options.index)
-        with progress.counter("tars indexed") as count:
-            report = index_tars(tars, tars[0].parent / "index.json", progress=count)
-        for name in report.skipped:
-            progress.warn(f"left out: {name}")
-        print(f"wrote {tars[0].parent / 'index.json'} ({report.samples} samples)")
-        return EXIT_DONE
-    if options.source is None or options.destination is None:
-        raise UserError("shard: give SRC and DST, or --index GLOB, or --verify INDEX")
+    config = load_config(options.config, options.overrides)
+    from disttrain.engine.cache import fill_caches
+
+    fill_caches(config)
+    return EXIT_DONE
+
+
+def _shard(options: argparse.Namespace) -> int:
     if options.samples_per_shard < 1:
         raise UserError("--samples-per-shard: must be at least 1")
-    with progress.counter("pictures packed") as count:
+    if options.workers is not None and options.workers < 1:
+        raise UserError("--workers: must be at least 1")
+    if options.output is not None and not options.index:
+        raise UserError("--output: says where --index writes; give it with --index")
+    if options.verify:
+        return _verify(options)
+    if options.index:
+        return _index(options)
+    if options.source is None or options.destination is None:
+        raise UserError("shard: give SRC and DST, or --index PLACE, or --verify INDEX")
+    largest = _size(options.max_size, "--max-size")
+    from disttrain.data.shards import write_shards
+    from disttrain.engine.progress import Progress
+
+    with Progress(shown=True).counter("pictures packed") as count:
         index = write_shards(
             options.source,
             options.destination,
             samples_per_shard=options.samples_per_shard,
+            bytes_per_shard=largest,
+            workers=options.workers,
+            caption_column=options.caption_key or "",
             progress=count,
         )
     print(f"wrote {index}")
     return EXIT_DONE
+
+
+def _index(options: argparse.Namespace) -> int:
+    from disttrain.data.indexing import CAPTION_KEY, expand_patterns, index_tars
+    from disttrain.engine.progress import Progress
+
+    tars = expand_patterns(options.index)
+    output = options.output
+    if output is None:
+        for place in tars:
+            if not isinstance(place, Path):
+                raise UserError(f"{place}: cannot write beside it; give --output INDEX.json")
+        output = Path(tars[0]).parent / "index.json"
+    progress = Progress(shown=True)
+    with progress.counter("tars indexed") as count:
+        report = index_tars(
+            tars,
+            output,
+            workers=options.workers,
+            caption_key=options.caption_key or CAPTION_KEY,
+            progress=count,
+        )
+    for name in report.skipped:
+        progress.warn(f"left out: {name}")
+    print(f"wrote {report.path} ({report.samples} samples)")
+    return EXIT_DONE
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from disttrain.data.indexing import verify
+    from disttrain.engine.progress import Progress
+
+    with Progress(shown=True).counter("shards checked") as count:
+        damaged = verify(options.verify, workers=options.workers, progress=count)
+    for line in damaged:
+        print(line)
+    print(f"{len(damaged)} damaged" if damaged else "all shards are whole")
+    return EXIT_USER_ERROR if damaged else EXIT_DONE
+
+
+def _size(text: str, option: str) -> int:
+    """Bytes of a size such as 256MB, 1.5GiB or 1000000."""
+    found = re.fullmatch(r"([0-9]{1,15}(?:\.[0-9]{1,15})?) *([KMGT]?)(i?)B?", text.strip(), re.I)
+    if found is None or (found[3] and not found[2]):
+        raise UserError(f"{option}: {text!r} is no size; write 256MB or 1GiB")
+    base = 1024 if found[3] else 1000
+    size = int(float(found[1]) * base ** " KMGT".index(found[2].upper() or " "))
+    if size < 1:
+        raise UserError(f"{option}: must be at least one byte")
+    return size
 
 
 def _sample(options: argparse.Namespace) -> int:
@@ -199,6 +292,7 @@ def _keys(options: argparse.Namespace) -> int:
 
 COMMANDS = {
     "train": _train,
+    "cache": _cache,
     "shard": _shard,
     "sample": _sample,
     "doctor": _doctor,

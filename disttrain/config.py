@@ -291,6 +291,12 @@ class RunConfig:
         return isinstance(self.method, (TextualInversionSettings, LoraSettings))
 
     @property
+    def trains_text(self) -> bool:
+        """Whether the text encoder, or a word of its vocabulary, changes with each step."""
+        method = self.method
+        return isinstance(method, TextualInversionSettings) or method.train_text_encoder
+
+    @property
     def together(self) -> bool:
         """Whether subjects train in one pack: they do when all pictures have one size."""
         return self.packable and not self.data.aspect_ratio_buckets

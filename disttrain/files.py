@@ -14,10 +14,10 @@ import os
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 from disttrain.errors import DataError, UserError
 
@@ -25,6 +25,14 @@ if TYPE_CHECKING:
     import torch
 
 TEXT_LIMIT = 64 * 2**20
+
+
+class Readable(Protocol):
+    """Anything that gives bytes front to back."""
+
+    def read(self, size: int, /) -> bytes:
+        """Up to `size` bytes; empty at the end."""
+        ...
 
 
 def sync_folder(folder: Path) -> None:
@@ -189,6 +197,102 @@ def sha256_file(path: Path) -> str:
         while block := handle.read(2**20):
             digest.update(block)
     return digest.hexdigest()
+
+
+class HashingReader:
+    """A file or stream read front to back: `digest` and `size` are of what was read so far."""
+
+    def __init__(self, handle: Readable) -> None:
+        self._handle, self._digest, self.size = handle, hashlib.sha256(), 0
+
+    def read(self, size: int) -> bytes:
+        """Up to `size` bytes; empty at the end."""
+        data = self._handle.read(size)
+        self._digest.update(data)
+        self.size += len(data)
+        return data
+
+    @property
+    def digest(self) -> str:
+        """Hex sha256 so far."""
+        return self._digest.hexdigest()
+
+
+class HashingWriter:
+    """Passes bytes on to `write`: `digest` and `size` are of what was written so far."""
+
+    def __init__(self, write: Callable[[bytes], object]) -> None:
+        self._write, self._digest, self.size = write, hashlib.sha256(), 0
+
+    def write(self, data: bytes) -> None:
+        """Write all of `data`."""
+        self._write(data)
+        self._digest.update(data)
+        self.size += len(data)
+
+    @property
+    def digest(self) -> str:
+        """Hex sha256 so far."""
+        return self._digest.hexdigest()
+
+
+@contextmanager
+def content_writer(folder: Path, suffix: str) -> Iterator[HashingWriter]:
+    """A file that is named by its own sha256 and `suffix` when the block ends without an exception.
+
+    `path_of_content` gives the name that it then has. While it is written it is locked, so that
+    `remove_unused` tells it from what a killed writer left.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(dir=folder, prefix=".content.", suffix=".tmp")
+    try:
+        with os.fdopen(descriptor, "wb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            writer = HashingWriter(handle.write)
+            yield writer
+            handle.flush()
+            os.fsync(handle.fileno())
+        os.chmod(name, 0o666 & ~_umask())
+        os.replace(name, path_of_content(folder, writer.digest, suffix))
+        sync_folder(folder)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+def path_of_content(folder: Path, digest: str, suffix: str) -> Path:
+    """Where a file lies that is named by its content."""
+    return folder / f"{digest}{suffix}"
+
+
+@contextmanager
+def exclusively(lock: Path) -> Iterator[None]:
+    """Wait until no other process or thread is in a block of the same lock file.
+
+    Uses flock, so a killed owner keeps nobody waiting.
+    """
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("a") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def keep_in_use(descriptor: int) -> None:
+    """Keep `remove_unused` off an open file until the descriptor is closed."""
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+
+def remove_unused(path: Path) -> bool:
+    """Remove a file unless somebody writes it or keeps it in use; whether it is gone."""
+    try:
+        with path.open("rb") as handle:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
 
 
 def digest_of(value: Any) -> str:

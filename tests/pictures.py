@@ -1,11 +1,15 @@
 """Pictures for the data tests, made from a seed."""
 
 import io
+import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from disttrain.data.shards import index_tars, write_shards
 
 
 def noise(height: int, width: int, channels: int = 3, seed: int = 0) -> np.ndarray:
@@ -47,3 +51,28 @@ def make_folder(folder: Path, count: int, *, size: tuple[int, int] = (24, 32)) -
         if number % 2:
             (folder / f"fox-{number}.txt").write_text(f" a fox, Füchse {number}\n", "utf-8")
     return folder
+
+
+def write_numbered(folder: Path, numbers: Iterable[int]) -> None:
+    """Small pictures of different shapes, each other than all others, named by their number."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number in numbers:
+        height, width = 10 + 5 * (number % 3), 10 + 5 * (number // 3 % 3)
+        pixels = noise(height, width, seed=1000 + number)
+        (folder / f"{number:04d}.png").write_bytes(encoded(pixels))
+
+
+def uneven_shards(folder: Path, count: int, shards: int) -> Path:
+    """An index of `count` numbered pictures in so many tars of different sizes."""
+    cuts = np.sort(np.random.default_rng(shards).choice(range(1, count), shards - 1, False))
+    edges = [0, *cuts.tolist(), count]
+    tars = []
+    for shard, (start, end) in enumerate(itertools.pairwise(edges)):
+        place = folder / f"{shards}-{shard}"
+        write_numbered(place / "pictures", range(start, end))
+        write_shards(place / "pictures", place / "tars", workers=1)
+        tars.append(place / "tars" / "shard-000000.tar")
+    index = folder / str(shards) / "index.json"
+    index.parent.mkdir()
+    index_tars(tars, index)
+    return index

@@ -8,6 +8,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import nn
 
 from disttrain.engine import checkpoint as module
 from disttrain.engine.checkpoint import (
+    AVERAGE,
     PARTS,
     Checkpoint,
     checkpoint_path,
@@ -46,7 +48,7 @@ def checkpoint_of(step: int) -> Checkpoint:
     trainables = {"a.down": torch.full((2, 3), float(step)), "tokens": torch.arange(4.0) + step}
     optimizer = {"a.down|exp_avg": torch.full((2, 3), step / 7), "a.down|step": torch.tensor(step)}
     state = {"step": step, "cursor": 4 * step, "subjects": ["fox"], "sources": {"fox": "ab"}}
-    return Checkpoint(state, trainables, optimizer)
+    return Checkpoint(state, trainables, optimizer, {"a.down": torch.full((2, 3), step / 3)})
 
 
 def equal(found: Checkpoint, expected: Checkpoint) -> bool:
@@ -57,6 +59,7 @@ def equal(found: Checkpoint, expected: Checkpoint) -> bool:
         expected.state.items() <= found.state.items()
         and tensors(found.trainables, expected.trainables)
         and tensors(found.optimizer, expected.optimizer)
+        and tensors(found.average, expected.average)
     )
 
 
@@ -67,13 +70,20 @@ def names(folder: Path) -> list[str]:
 def test_a_checkpoint_comes_back_as_written(tmp_path: Path) -> None:
     path = write_checkpoint(tmp_path, 500, checkpoint_of(500), keep=2)
     assert path == tmp_path / "step-00000500"
-    assert names(path) == ["optimizer.safetensors", "state.json", "trainables.safetensors"]
+    assert names(path) == sorted([*PARTS, AVERAGE, "state.json"])
     assert equal(read_checkpoint(path), checkpoint_of(500))
     found = newest_checkpoint(tmp_path)
     assert found is not None
     assert found[0] == path
     assert equal(found[1], checkpoint_of(500))
     assert found[2] == []
+
+
+def test_without_an_average_there_is_no_file_of_it(tmp_path: Path) -> None:
+    checkpoint = replace(checkpoint_of(5), average={})
+    path = write_checkpoint(tmp_path, 5, checkpoint, keep=2)
+    assert names(path) == sorted([*PARTS, "state.json"])
+    assert equal(read_checkpoint(path), checkpoint)
 
 
 def test_no_checkpoints_is_nothing(tmp_path: Path) -> None:
@@ -109,7 +119,7 @@ def damage_empty(path: Path) -> None:
 DAMAGES = [damage_flip, damage_cut, damage_empty, Path.unlink]
 
 
-@pytest.mark.parametrize("part", [*PARTS, "state.json"])
+@pytest.mark.parametrize("part", [*PARTS, AVERAGE, "state.json"])
 @pytest.mark.parametrize("damage", DAMAGES, ids=["flip", "cut", "empty", "missing"])
 def test_damaged_newest_is_passed_over_with_a_line(
     tmp_path: Path, part: str, damage: Callable[[Path], None]
@@ -127,7 +137,7 @@ def test_damaged_newest_is_passed_over_with_a_line(
 
 
 @pytest.mark.parametrize(
-    "change", [{"cursor": 9}, {"step": 1}, {"digests": []}, {"digest": "0"}, {"format": 2}]
+    "change", [{"cursor": 9}, {"step": 1}, {"digests": []}, {"digest": "0"}, {"format": 1}]
 )
 def test_a_state_that_someone_changed_is_damage(tmp_path: Path, change: dict[str, Any]) -> None:
     path = write_checkpoint(tmp_path, 2, checkpoint_of(2), keep=2) / "state.json"
@@ -274,7 +284,8 @@ def in_place(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> None
     path.mkdir(parents=True, exist_ok=True)
     write_tensors(path / PARTS[0], checkpoint.trainables)
     write_tensors(path / PARTS[1], checkpoint.optimizer)
-    digests = {name: sha256_file(path / name) for name in PARTS}
+    write_tensors(path / AVERAGE, checkpoint.average)
+    digests = {name: sha256_file(path / name) for name in (*PARTS, AVERAGE)}
     state = {"format": module.FORMAT, **checkpoint.state, "digests": digests}
     write_json(path / "state.json", {**state, "digest": module.digest_of(state)})
     for old in list_checkpoints(folder)[:-keep]:

@@ -23,12 +23,17 @@ SURFACE: dict[str, list[tuple[str, Any, Any, bool, Any]]] = {
         ("--fresh", 0, False, False, None),
         ("--dry-run", 0, False, False, None),
     ],
+    "cache": [("config", None, None, True, Path), ("overrides", "*", [], False, None)],
     "shard": [
         ("source", "?", None, False, Path),
         ("destination", "?", None, False, Path),
         ("--samples-per-shard", None, 1000, False, int),
+        ("--max-size", None, "256MB", False, None),
         ("--index", "+", None, False, None),
-        ("--verify", None, None, False, Path),
+        ("--output", None, None, False, Path),
+        ("--caption-key", None, None, False, None),
+        ("--workers", None, None, False, int),
+        ("--verify", None, None, False, None),
     ],
     "sample": [
         ("run", None, None, True, Path),
@@ -153,6 +158,12 @@ def test_a_bad_config_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
         (["keys", "nothing"], "no key starts with 'nothing'; disttrain keys lists them all"),
         (["shard", "only-one"], "shard: give SRC and DST"),
         (["shard", "a", "b", "--samples-per-shard", "0"], "--samples-per-shard: must be at least"),
+        (["shard", "a", "b", "--workers", "0"], "--workers: must be at least 1"),
+        (["shard", "a", "b", "--output", "x"], "--output: says where --index writes"),
+        (["shard", "a", "b", "--max-size", "12 apples"], "--max-size: '12 apples' is no size"),
+        (["shard", "a", "b", "--max-size", "0.1B"], "--max-size: must be at least one byte"),
+        (["shard", "--index", "https://x.org/{0..3}.tar"], "https://x.org/0.tar: cannot write"),
+        (["shard", "--index", "https://x.org/*.tar"], "https://x.org/*.tar: web servers do not"),
     ],
 )
 def test_refusals_are_one_line_on_standard_error(

@@ -11,6 +11,7 @@ from pictures import encoded, noise, turned
 from PIL import Image, ImageCms, ImageOps
 
 from disttrain.data import images
+from disttrain.data.window import fit, reduction
 from disttrain.errors import DataError
 
 
@@ -313,27 +314,27 @@ def test_mutated_files_decode_or_raise_data_error():
 
 def test_fit_keeps_the_size_and_the_identity():
     pixels = noise(20, 30)
-    np.testing.assert_array_equal(images.fit(pixels, 20, 30), pixels)
-    assert images.fit(pixels, 7, 50).shape == (7, 50, 3)
-    assert images.fit(pixels[..., 0], 7, 50).shape == (7, 50)
-    assert images.fit(noise(1, 3000), 8, 8).shape == (8, 8, 3)
+    np.testing.assert_array_equal(fit(pixels, 20, 30), pixels)
+    assert fit(pixels, 7, 50).shape == (7, 50, 3)
+    assert fit(pixels[..., 0], 7, 50).shape == (7, 50)
+    assert fit(noise(1, 3000), 8, 8).shape == (8, 8, 3)
 
 
 def test_fit_cuts_the_window_at_the_fractions():
     pixels = noise(20, 50)
-    np.testing.assert_array_equal(images.fit(pixels, 20, 20, (0.3, 0.0)), pixels[:, :20])
-    np.testing.assert_array_equal(images.fit(pixels, 20, 20, (0.3, 0.5)), pixels[:, 15:35])
-    np.testing.assert_array_equal(images.fit(pixels, 20, 20, (0.3, 1.0)), pixels[:, 30:])
+    np.testing.assert_array_equal(fit(pixels, 20, 20, (0.3, 0.0)), pixels[:, :20])
+    np.testing.assert_array_equal(fit(pixels, 20, 20, (0.3, 0.5)), pixels[:, 15:35])
+    np.testing.assert_array_equal(fit(pixels, 20, 20, (0.3, 1.0)), pixels[:, 30:])
     tall = pixels.swapaxes(0, 1)
-    np.testing.assert_array_equal(images.fit(tall, 20, 20, (1.0, 0.3)), tall[30:])
-    flipped = images.fit(pixels, 20, 20, (0.5, 0.0), flip=True)
+    np.testing.assert_array_equal(fit(tall, 20, 20, (1.0, 0.3)), tall[30:])
+    flipped = fit(pixels, 20, 20, (0.5, 0.0), flip=True)
     np.testing.assert_array_equal(flipped, pixels[:, 19::-1])
 
 
 def test_fit_keeps_the_aspect():
     rows, columns = np.mgrid[0:120, 0:200]
     disc = ((rows - 60) ** 2 + (columns - 100) ** 2 < 40**2).astype(np.uint8) * 255
-    result = images.fit(disc, 48, 48) > 128
+    result = fit(disc, 48, 48) > 128
     assert abs(int(result.any(axis=0).sum()) - int(result.any(axis=1).sum())) <= 1
     assert abs(int(result.any(axis=0).sum()) - 32) <= 1
 
@@ -374,3 +375,97 @@ def test_tile_places_pictures_and_labels():
     assert labelled[: images.LABEL_HEIGHT, gutter : gutter + 60].min() < 100
     assert labelled[: images.LABEL_HEIGHT, gutter + 63 :].min() < 100
     assert labelled[images.LABEL_HEIGHT :, :gutter].min() < 100
+
+
+# Large JPEGs
+
+
+def photo(height: int, width: int, seed: int = 0) -> np.ndarray:
+    """A picture whose detail is coarser than that of `noise`, as in a large photo."""
+    coarse = noise(height // 4, width // 4, seed=seed)
+    return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+
+@pytest.mark.parametrize(
+    ("size", "at_least", "part"),
+    [
+        ((800, 1600), (50, 50), 8),
+        ((800, 1600), (50, 101), 4),
+        ((796, 1600), (50, 50), 4),
+        ((798, 1600), (50, 50), 2),
+        ((799, 1600), (50, 50), 1),
+        ((800, 1600), (201, 50), 1),
+        ((800, 1600), (200, 50), 2),
+    ],
+)
+def test_reduction_leaves_twice_the_window_and_no_remainder(size, at_least, part):
+    assert reduction(size, at_least) == part
+    assert reduction(size[::-1], at_least[::-1]) == part
+
+
+@pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
+def test_large_jpegs_are_decoded_small_with_the_same_window(options):
+    data = encoded(photo(640, 960), "JPEG", quality=92, **options)
+    whole = images.decode(data, "x")
+    small = images.decode(data, "x", at_least=(64, 80))
+    assert whole.pixels.shape == (640, 960, 3)
+    assert small.pixels.shape == (160, 240, 3)
+    for crop in [(0.5, 0.0), (0.5, 1.0)]:
+        windows = [fit(p.pixels, 64, 80, crop).astype(int) for p in (whole, small)]
+        difference = np.abs(windows[0] - windows[1])
+        assert difference.mean() < 1
+        assert difference.max() <= 8
+    exact = images.decode(encoded(noise(640, 961), "JPEG"), "x", at_least=(64, 80))
+    assert exact.pixels.shape == (640, 961, 3)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_turned_jpegs_keep_twice_the_upright_window(orientation):
+    pixels = photo(320, 640) if orientation < 5 else photo(640, 320)  # upright 320 x 640
+    data = encoded(pixels, "JPEG", quality=95, exif=turned(orientation))
+    whole = images.decode(data, "x").pixels
+    assert whole.shape == (320, 640, 3)
+    small = images.decode(data, "x", at_least=(40, 160)).pixels
+    assert small.shape == (160, 320, 3), "320 / 2 is twice 160; the sides swapped would say full"
+    coarse = np.asarray(Image.fromarray(whole).resize((320, 160), Image.Resampling.BOX))
+    assert np.abs(coarse.astype(int) - small).mean() < 2
+    assert images.decode(data, "x", at_least=(160, 40)).pixels.shape == (320, 640, 3)
+
+
+def test_only_jpegs_are_decoded_small():
+    for kind in ("PNG", "WEBP", "BMP"):
+        picture = images.decode(encoded(noise(128, 128), kind), "x", at_least=(8, 8))
+        assert picture.pixels.shape == (128, 128, 3)
+    grey = images.decode(encoded(noise(128, 128, 1), "JPEG"), "x", at_least=(8, 8))
+    assert grey.pixels.shape == (16, 16, 3)
+    cmyk = encoded(Image.new("RGB", (64, 64), (220, 20, 20)).convert("CMYK"), "JPEG", quality=95)
+    pixel = images.decode(cmyk, "x", at_least=(8, 8)).pixels[8, 8]
+    assert pixel[0] > 180
+    assert pixel[1] < 60
+
+
+def test_pictures_of_several_frames_are_decoded_small():
+    first, second = (Image.fromarray(photo(128, 192, seed=n)) for n in (0, 1))
+    data = encoded(first, "MPO", quality=95, save_all=True, append_images=[second])
+    whole = images.decode(data, "x").pixels
+    small = images.decode(data, "x", at_least=(16, 16)).pixels
+    assert small.shape == (32, 48, 3)
+    coarse = np.asarray(Image.fromarray(whole).resize((48, 32), Image.Resampling.BOX))
+    assert np.abs(coarse.astype(int) - small).mean() < 2
+
+
+def test_damage_is_found_in_jpegs_decoded_small():
+    data = encoded(noise(640, 640), "JPEG")
+    with pytest.raises(DataError, match=r"fox\.jpg: damaged"):
+        images.decode(data[: len(data) // 2], "fox.jpg", at_least=(16, 16))
+    with pytest.raises(DataError, match="the limit is 100"):
+        images.decode(data, "fox.jpg", 100, at_least=(16, 16))
+    draw = random.Random(4)
+    outcomes = {True: 0, False: 0}
+    for _ in range(150):
+        try:
+            images.decode(mutated(data, draw), "fox", at_least=(16, 16))
+            outcomes[True] += 1
+        except DataError:
+            outcomes[False] += 1
+    assert min(outcomes.values()) > 10

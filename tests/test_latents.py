@@ -1,20 +1,25 @@
 """The cache of latents: right content, shared work, damage, interruption, stalled neighbours."""
 
+import json
 import logging
 import multiprocessing
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from pictures import encoded, make_folder, noise
 
-from disttrain.data import images, latents
+from disttrain import files
+from disttrain.data import images, tensor_store
 from disttrain.data.latents import LatentCache, Variants
 from disttrain.data.shards import write_shards
 from disttrain.data.source import SampleRecord, open_source
+from disttrain.data.window import fit
 from disttrain.errors import DataError
 
 VAE = "ab" * 32
@@ -46,9 +51,15 @@ def folder(tmp_path) -> Path:
     return make_folder(tmp_path / "foxes", 5)
 
 
-def expected(folder: Path, sample: int, crop=(0.5, 0.5), flip=False, size=(16, 16)) -> torch.Tensor:
+def expected(
+    folder: Path,
+    sample: int,
+    crop: tuple[float, float] = (0.5, 0.5),
+    flip: bool = False,
+    size: tuple[int, int] = (16, 16),
+) -> torch.Tensor:
     data = open_source(folder).read(sample)
-    pixels = images.fit(images.decode(data, "x").pixels, *size, crop, flip)
+    pixels = fit(images.decode(data, "x").pixels, size[0], size[1], crop, flip)
     values = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1)[None] / 127.5 - 1
     return Encoder()(values)[0]
 
@@ -177,10 +188,10 @@ def test_an_interrupted_run_keeps_what_it_has(folder, tmp_path):
 
 def test_long_work_is_written_in_pieces(folder, tmp_path, monkeypatch):
     variants = Variants(crops=2, random=True)
-    monkeypatch.setattr(latents, "ITEMS_PER_FILE", 4)
+    monkeypatch.setattr(tensor_store, "ITEMS_PER_FILE", 4)
     cache_of(folder, tmp_path / "a", variants=variants).prepare(Encoder())
     assert len(list((tmp_path / "a").iterdir())) == 3
-    monkeypatch.setattr(latents, "SECONDS_PER_FILE", 0.0)
+    monkeypatch.setattr(tensor_store, "SECONDS_PER_FILE", 0.0)
     told = []
     cache = cache_of(folder, tmp_path / "b", variants=variants)
     cache.prepare(Encoder(), progress=lambda done, total: told.append((done, total)))
@@ -300,11 +311,246 @@ def test_values_that_are_not_finite_are_refused(folder, tmp_path):
     assert not list((tmp_path / "cache").glob("*"))
 
 
-def test_a_picture_that_changed_is_refused(folder, tmp_path):
+# Damaged pictures
+
+
+class Partly:
+    """A source of which some pictures read as other bytes, or not at all."""
+
+    def __init__(self, folder: Path, damage: dict[int, bytes | None]) -> None:
+        self.whole, self.damage = open_source(folder), damage
+        self.records, self.where = self.whole.records, self.whole.where
+        self.digest, self.ignored = self.whole.digest, self.whole.ignored
+        self.damaged, self.sizes = self.whole.damaged, self.whole.sizes
+        self.shapes = self.whole.shapes
+        self.asked: list[int] = []
+
+    def read(self, index: int) -> bytes:
+        self.asked.append(index)
+        if index not in self.damage:
+            return self.whole.read(index)
+        data = self.damage[index]
+        if data is None:
+            raise DataError(f"shard 3: {self.records[index].key}: damaged")
+        return data
+
+    def read_mask(self, index: int) -> bytes | None:
+        return self.whole.read_mask(index)
+
+
+def partly(folder: Path, cache: Path, damage: dict[int, bytes | None], **options) -> LatentCache:
+    settings: dict[str, Any] = {"variants": Variants(), "resolution": 16, "vae_digest": VAE}
+    return LatentCache(Partly(folder, damage), cache, **settings | options)
+
+
+def test_a_picture_that_changed_is_damaged(folder, tmp_path):
     cache = cache_of(folder, tmp_path / "cache")
     (folder / "fox-2.webp").write_bytes(encoded(noise(24, 32, seed=50)))
-    with pytest.raises(DataError, match=r"fox-2\.webp: changed"):
-        cache.prepare(Encoder())
+    assert cache.prepare(Encoder()) == 4
+    assert list(cache.damaged) == [2]
+    assert "fox-2.webp: changed" in cache.damaged[2]
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_damaged_pictures_are_passed_over_and_noted(folder, tmp_path, threads):
+    damage = {3: b"text", 1: None}
+    cache = partly(folder, tmp_path / "cache", damage)
+    told = []
+    count = cache.prepare(Encoder(), threads=threads, progress=lambda *done: told.append(done))
+    assert count == 3
+    assert told == [(done, 5) for done in range(1, 6)]
+    assert list(cache.damaged) == [1, 3]
+    assert cache.damaged[1] == "shard 3: fox-1: damaged"
+    assert "fox-3: not a JPEG" in cache.damaged[3]
+    for sample in (0, 2, 4):
+        torch.testing.assert_close(cache.get(sample, 0), expected(folder, sample), rtol=0, atol=0)
+    for sample in damage:
+        with pytest.raises(DataError) as caught:
+            cache.get(sample, 0)
+        assert str(caught.value) == cache.damaged[sample]
+    assert cache.missing() == 0
+    again = partly(folder, tmp_path / "cache", damage)
+    assert again.missing() == 2, "nothing is noted on disk"
+    assert again.prepare(Encoder(stop_after=0), threads=threads) == 0
+    assert again.damaged == cache.damaged
+    damage.clear()
+    mended = partly(folder, tmp_path / "cache", damage)
+    assert mended.prepare(Encoder()) == 2
+    assert mended.damaged == {}
+    assert again.prepare(Encoder(stop_after=0)) == 0
+    torch.testing.assert_close(again.get(3, 0), expected(folder, 3), rtol=0, atol=0)
+
+
+def test_a_picture_counts_once_whatever_its_versions(folder, tmp_path):
+    variants = Variants(crops=3, random=True, flip=True)
+    source = Partly(folder, {2: None})
+    cache = LatentCache(
+        source, tmp_path / "cache", variants=variants, resolution=16, vae_digest=VAE
+    )
+    assert cache.prepare(Encoder()) == 24
+    assert list(cache.damaged) == [2]
+    assert source.asked == [0, 1, 2, 3, 4], "all versions of a picture come from one decoding"
+    for variant in range(6):
+        with pytest.raises(DataError, match="shard 3: fox-2"):
+            cache.get(2, variant)
+
+
+def test_an_intact_copy_serves_for_a_damaged_one(tmp_path):
+    folder = tmp_path / "foxes"
+    folder.mkdir()
+    for name, seed in [("a", 0), ("b", 1), ("c", 0)]:
+        (folder / f"{name}.png").write_bytes(encoded(noise(32, 32, seed=seed)))
+    cache = partly(folder, tmp_path / "cache", {0: None})
+    assert cache.prepare(Encoder()) == 2
+    assert cache.damaged == {}
+    assert torch.equal(cache.get(0, 0), cache.get(2, 0))
+    neither = partly(folder, tmp_path / "other", {0: None, 2: b"text"})
+    assert neither.prepare(Encoder()) == 1
+    assert list(neither.damaged) == [0, 2]
+    assert neither.damaged[0] != neither.damaged[2], "each with its own reason"
+
+
+def test_moments_that_are_there_need_no_picture(folder, tmp_path):
+    cache_of(folder, tmp_path / "cache").prepare(Encoder())
+    cache = partly(folder, tmp_path / "cache", {0: None, 4: b"text"})
+    assert cache.prepare(Encoder(stop_after=0)) == 0
+    assert cache.damaged == {}
+
+
+@pytest.mark.parametrize("world", [2, 3, 7])
+def test_ranks_agree_on_damage_without_waiting(folder, tmp_path, world):
+    variants = Variants(crops=2, random=True)
+    damage = {0: None, 1: b"text", 4: None}
+    caches = [partly(folder, tmp_path / "cache", damage, variants=variants) for _ in range(world)]
+    with ThreadPoolExecutor(world) as pool:
+        work = [
+            pool.submit(cache.prepare, Encoder(), rank=rank, world=world, stall_seconds=30)
+            for rank, cache in enumerate(caches)
+        ]
+        start = time.monotonic()
+        assert sum(each.result(20) for each in work) == 4
+    assert time.monotonic() - start < 10
+    assert all(cache.damaged == caches[0].damaged for cache in caches)
+    assert list(caches[0].damaged) == [0, 1, 4]
+
+
+# Which samples, which precision, how many threads
+
+
+def test_a_cache_of_some_samples(folder, tmp_path):
+    cache = partly(folder, tmp_path / "cache", {0: None, 2: None}, samples=[4, 2, 3])
+    assert cache.missing() == 3
+    encode = Encoder()
+    assert cache.prepare(encode) == 2
+    assert list(cache.damaged) == [2], "others are not looked at"
+    torch.testing.assert_close(encode(encode.seen[0])[0], expected(folder, 4), rtol=0, atol=0)
+    torch.testing.assert_close(cache.get(3, 0), expected(folder, 3), rtol=0, atol=0)
+    assert cache_of(folder, tmp_path / "cache").missing() == 3
+    backwards = partly(folder, tmp_path / "b", {0: None, 2: None}, samples=[4, 2, 0])
+    backwards.prepare(Encoder())
+    assert list(backwards.damaged) == [0, 2], "in one order, whoever found them first"
+
+
+def test_half_precision_halves_the_files(folder, tmp_path):
+    whole = cache_of(folder, tmp_path / "cache")
+    whole.prepare(Encoder())
+    half = cache_of(folder, tmp_path / "cache", precision="float16")
+    assert half.prepare(Encoder()) == 5
+    for sample in range(5):
+        found = half.get(sample, 0)
+        assert found.dtype == torch.float16
+        assert torch.equal(found, whole.get(sample, 0).half())
+    first, second = (files.read_tensors(path) for path in (tmp_path / "cache").iterdir())
+    assert not first.keys() & second.keys(), "different content, different keys"
+    again = cache_of(folder, tmp_path / "cache", precision="float16", memory_limit=0)
+    assert again.prepare(Encoder(stop_after=0)) == 0
+    assert torch.equal(again.get(1, 0), half.get(1, 0))
+    assert cache_of(folder, tmp_path / "cache").prepare(Encoder(stop_after=0)) == 0
+
+
+def test_half_precision_stays_finite(folder, tmp_path):
+    def encode(pixels: torch.Tensor) -> torch.Tensor:
+        return torch.full((1, 8, 2, 2), 1e6) * torch.tensor([1.0, -1.0]).repeat(4).view(8, 1, 1)
+
+    cache = cache_of(folder, tmp_path / "cache", precision="float16")
+    cache.prepare(encode)
+    assert cache.get(0, 0)[:, 0, 0].tolist() == [65504.0, -65504.0] * 4
+    with pytest.raises(DataError, match="not finite"):
+        cache_of(folder, tmp_path / "b", precision="float16").prepare(lambda p: encode(p) / 0)
+
+
+def test_keys_of_earlier_caches_are_still_found(folder, tmp_path):
+    record = open_source(folder).records[3]
+    key = files.digest_of([3, record.digest, [0.5, 0.5], False, 16, 16, VAE])
+    moments = torch.full((8, 2, 2), 7.0)
+    head = b"torch.float32 (8, 2, 2) "
+    digest = files.sha256_bytes(head + moments.numpy().tobytes())
+    path = tmp_path / "cache" / f"{VAE[:12]}-16x16-0123456789abcdef.safetensors"
+    files.write_tensors(path, {key: moments}, {"vae": VAE, "digests": json.dumps({key: digest})})
+    cache = cache_of(folder, tmp_path / "cache")
+    assert cache.prepare(Encoder()) == 4
+    assert torch.equal(cache.get(3, 0), moments)
+
+
+@pytest.mark.parametrize("threads", [0, 1, 5])
+def test_threads_change_neither_order_nor_results(folder, tmp_path, threads):
+    variants = Variants(crops=2, random=True, flip=True)
+    reference, encode = Encoder(), Encoder()
+    cache_of(folder, tmp_path / "a", variants=variants).prepare(reference, threads=2)
+    cache_of(folder, tmp_path / "b", variants=variants).prepare(encode, threads=threads)
+    assert len(encode.seen) == 20
+    assert all(map(torch.equal, encode.seen, reference.seen))
+    first, second = (
+        {
+            key: value
+            for path in (tmp_path / name).iterdir()
+            for key, value in files.read_tensors(path).items()
+        }
+        for name in ("a", "b")
+    )
+    assert first.keys() == second.keys()
+    assert all(torch.equal(value, second[key]) for key, value in first.items())
+
+
+def test_threads_decode_ahead_within_bounds(tmp_path):
+    folder = make_folder(tmp_path / "foxes", 30)
+    source = Partly(folder, {})
+    ahead = []
+
+    class Slow(Encoder):
+        def __call__(self, pixels: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.02)
+            ahead.append(len(source.asked) - self.calls)
+            return super().__call__(pixels)
+
+    cache = LatentCache(
+        source, tmp_path / "cache", variants=Variants(), resolution=16, vae_digest=VAE
+    )
+    cache.prepare(Slow(), threads=2)
+    assert len(ahead) == 30
+    assert 3 <= max(ahead) <= 6, "two items a thread, and the one in hand"
+
+
+def test_large_jpegs_have_keys_of_their_own(tmp_path):
+    folder = tmp_path / "foxes"
+    folder.mkdir()
+    for name, size in [("a", (64, 128)), ("b", (64, 62))]:
+        (folder / f"{name}.jpg").write_bytes(encoded(noise(*size), "JPEG", quality=95))
+    encode = Encoder()
+    cache = cache_of(folder, tmp_path / "cache")
+    cache.prepare(encode)
+    (path,) = (tmp_path / "cache").iterdir()
+    text = path.read_bytes()
+    keys = [
+        files.digest_of([version, record.digest, [0.5, 0.5], False, 16, 16, VAE])
+        for version, record in zip([4, 3], open_source(folder).records, strict=True)
+    ]
+    assert all(key.encode() in text for key in keys)
+    data = open_source(folder).read(0)
+    reduced = images.decode(data, "x", at_least=(16, 16)).pixels
+    assert reduced.shape == (32, 64, 3)
+    window = torch.from_numpy(fit(reduced, 16, 16)).permute(2, 0, 1) / 127.5 - 1
+    torch.testing.assert_close(encode.seen[0][0], window)
 
 
 # Several ranks
@@ -366,7 +612,7 @@ def test_a_stalled_rank_is_named_by_what_is_missing(folder, tmp_path):
 
 
 def test_patience_starts_anew_with_progress(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(latents, "SECONDS_PER_FILE", 0.0)
+    monkeypatch.setattr(tensor_store, "SECONDS_PER_FILE", 0.0)
 
     class Slow(Encoder):
         def __call__(self, pixels: torch.Tensor) -> torch.Tensor:

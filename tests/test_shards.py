@@ -5,18 +5,22 @@ import json
 import os
 import random
 import shutil
+import sys
 import tarfile
 import threading
 import time
+from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import webdataset
 from pictures import encoded, make_folder, noise
 
-from disttrain import files
+from disttrain import cli, files
+from disttrain.data import images, storage, tar_samples
 from disttrain.data.index import SampleRow, ShardEntry, ShardIndex, write_index
 from disttrain.data.shards import expand_patterns, index_tars, verify, write_shards
 from disttrain.data.source import ShardSource, open_source
@@ -147,6 +151,55 @@ def test_limits_of_shards(folder, tmp_path):
     assert [shard.samples for shard in index.shards] == [1] * 13
 
 
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("9000", 9000),
+        ("9KB", 9000),
+        ("8.5kib", 8704),
+        ("2 M", 2 * 10**6),
+        ("1GiB", 2**30),
+        ("7B", 7),
+    ],
+)
+def test_sizes_on_the_command_line(text, size):
+    assert cli._size(text, "--max-size") == size
+
+
+@pytest.mark.parametrize("text", ["", "MB", "-1", "1e9", "1iB", "9 PB", "0x9", "nan", "1.MB"])
+def test_what_is_no_size(text):
+    with pytest.raises(UserError, match=r"--max-size: .*is no size"):
+        cli._size(text, "--max-size")
+
+
+def test_the_command(folder, tmp_path, capsys):
+    write_shards(folder, tmp_path / "a", bytes_per_shard=9000, samples_per_shard=3)
+    words = ["--max-size", "9KB", "--samples-per-shard", "3", "--workers", "1"]
+    assert cli.main(["shard", str(folder), str(tmp_path / "b"), *words]) == 0
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    index = tmp_path / "c" / "other.json"
+    tars = str(tmp_path / "b" / "shard-*.tar")
+    assert cli.main(["shard", "--index", tars, "--output", str(index), "--workers", "2"]) == 0
+    assert list(open_source(index).records) == list(open_source(tmp_path / "a").records)
+    assert cli.main(["shard", "--verify", str(index)]) == 0
+    assert capsys.readouterr().out.endswith("all shards are whole\n")
+    (tmp_path / "b" / "shard-000001.tar").unlink()
+    assert cli.main(["shard", "--verify", str(index), "--workers", "1"]) == 2
+    assert "shard-000001.tar: missing\n1 damaged\n" in capsys.readouterr().out
+
+
+def test_caption_keys_on_the_command_line(tmp_path):
+    pictures = make_folder(tmp_path / "in", 1)
+    (pictures / "metadata.jsonl").write_text('{"file_name": "fox-0.jpg", "prompt": "a fox"}')
+    (pictures / "fox-0.json").write_text('{"caption": "b", "prompt": "c"}')
+    out = tmp_path / "out"
+    assert cli.main(["shard", str(pictures), str(out), "--caption-key", "prompt"]) == 0
+    assert open_source(out).records[0].caption == "a fox"
+    tar_of(tmp_path / "x.tar", [("a.png", encoded(noise(8, 8))), ("a.json", b'{"prompt": "c"}')])
+    assert cli.main(["shard", "--index", str(tmp_path / "x.tar"), "--caption-key", "prompt"]) == 0
+    assert open_source(tmp_path / "index.json").records[0].caption == "c"
+
+
 class Stop(Exception):
     pass
 
@@ -221,6 +274,100 @@ def test_other_shards_are_never_overwritten(folder, tmp_path):
         handle.write(b"x")
     with pytest.raises(DataError, match=r"shard-000001\.tar: already there"):
         write_shards(folder, tmp_path / "out", samples_per_shard=4)
+
+
+class Forward(io.RawIOBase):
+    """A file that can only be read onwards; counts its bytes."""
+
+    opened: ClassVar[list["Forward"]] = []
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.count = path, 0
+        self.handle = path.open("rb")
+        self.opened.append(self)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        data = self.handle.read(len(buffer))
+        buffer[: len(data)] = data
+        self.count += len(data)
+        return len(data)
+
+
+def test_tars_are_read_once_front_to_back(folder, tmp_path, monkeypatch):
+    path = write_shards(folder, tmp_path, samples_per_shard=4)
+    before = path.read_bytes()
+    tars = sorted(tmp_path.glob("*.tar"))
+    with tars[1].open("ab") as handle:
+        handle.write(bytes(5000))
+
+    @contextmanager
+    def forward(place: Path):
+        yield io.BufferedReader(Forward(place), 1000)
+
+    monkeypatch.setattr(storage, "reading", forward)
+    index_tars(tars, path, workers=1)
+    assert [one.path for one in Forward.opened] == tars
+    assert [one.count for one in Forward.opened] == [tar.stat().st_size for tar in tars]
+    monkeypatch.undo()
+    shard = ShardIndex(path).shards[1]
+    data = tars[1].read_bytes()
+    assert (shard.bytes, shard.sha256) == (len(data), sha256(data).hexdigest())
+    assert path.read_bytes() != before
+    assert verify(path) == []
+
+
+def test_written_shards_are_not_read_again(folder, tmp_path):
+    opened: list[str] = []
+    listening = True
+
+    def listen(event: str, arguments: tuple) -> None:
+        if listening and event == "open" and isinstance(arguments[0], str):
+            opened.append(arguments[0])
+
+    sys.addaudithook(listen)
+    write_shards(folder, tmp_path / "out", samples_per_shard=4)
+    listening = False
+    assert str(folder / "fox-1.txt") in opened
+    assert not [name for name in opened if name.endswith(".tar")]
+    assert verify(tmp_path / "out" / "index.json") == []
+
+
+def test_a_sample_of_many_pictures_is_not_kept(tmp_path, monkeypatch):
+    """Nor is what belongs to no sample: memory holds what a row is made of."""
+    monkeypatch.setattr(images, "MAX_BYTES", 10_000)
+    monkeypatch.setattr(tar_samples, "METADATA_LIMIT", 0)
+    monkeypatch.setattr(tar_samples, "CAPTION_LIMIT", 0)
+    members = [(f"a.{n}.png", bytes(9000)) for n in range(50)] + [("a.bin", bytes(9000))]
+    path = tar_of(tmp_path / "x.tar", [*members, ("b.png", encoded(noise(8, 8)))])
+    with path.open("rb") as handle:
+        kept = [member.data for member in walk(handle, "x.tar", tar_samples._Keeper())]
+    assert [data is not None for data in kept] == [True] * 2 + [False] * 49 + [True]
+    report = index_tars([path], tmp_path / "index.json")
+    assert report.samples == 1
+    assert report.skipped == [f"{path}: a: 50 pictures in one sample; skipped"]
+
+
+def test_a_caption_under_another_key(tmp_path):
+    members = [
+        ("a.png", encoded(noise(8, 8))),
+        ("a.json", b'{"prompt": " a fox ", "caption": "b"}'),
+    ]
+    path = tar_of(tmp_path / "x.tar", members)
+    for key, caption in [("prompt", "a fox"), ("caption", "b"), ("text", None)]:
+        index_tars([path], tmp_path / "index.json", caption_key=key)
+        assert open_source(tmp_path / "index.json").records[0].caption == caption
+
+
+def test_a_pipe_among_the_tars_is_not_waited_for(folder, tmp_path):
+    os.mkfifo(tmp_path / "x.tar")
+    with pytest.raises(DataError, match=r"x\.tar.*not a plain file"):
+        index_tars([tmp_path / "x.tar"], tmp_path / "index.json")
+    os.mkfifo(tmp_path / "shard-000000.tar")
+    with pytest.raises(DataError, match=r"shard-000000\.tar.*not a plain file"):
+        write_shards(folder, tmp_path)
 
 
 def test_broken_input_stops_the_run_and_is_named(tmp_path):
@@ -476,9 +623,17 @@ def test_patterns_of_tars(tmp_path):
     assert expand_patterns([str(tmp_path / "x y.tar"), str(numbered[0])])[1] == numbered[0]
     with pytest.raises(DataError, match=r"y\*\.tar: matches no file"):
         expand_patterns([f"{tmp_path}/y*.tar"])
-    for pattern in ["pipe:cat x.tar", "https://example.org/{0..9}.tar"]:
-        with pytest.raises(DataError, match="not a local path"):
+    assert expand_patterns([f"file://{tmp_path}/x%20y.tar"]) == [tmp_path / "x y.tar"]
+    urls = [f"https://example.org/{number}.tar" for number in range(3)]
+    assert expand_patterns(["https://example.org/{0..2}.tar", urls[1]]) == urls
+    for pattern in ["pipe:cat x.tar", "ftp://example.org/x.tar", "zip://x.tar::s3://bucket/x.zip"]:
+        with pytest.raises(DataError, match="not read; give a path, or a URL"):
             expand_patterns([pattern])
+    with pytest.raises(DataError, match="backslash before a brace"):
+        expand_patterns([f"{tmp_path}/{{0..1.tar"])
+    for names in ["{0..9999999999}", "{0..9999}{0..9999}", "{5..-1000000}"]:
+        with pytest.raises(DataError, match="more than 1000000 tars"):
+            expand_patterns([f"https://example.org/{names}.tar"])
 
 
 def bad_member(
@@ -741,25 +896,35 @@ def test_a_reformatted_index_still_works(folder, tmp_path):
         open_source(path)
 
 
-def test_shards_behind_commands_or_urls_are_refused(tmp_path):
-    for name in ["pipe:touch hacked", "https://example.org/x.tar", "s3://bucket/x.tar"]:
-        row = SampleRow("a", 0, 1, "0" * 64, 1, 1)
-        write_index(tmp_path / "index.json", [(ShardEntry(name, "0" * 64, 10, 1), [row])])
-        with pytest.raises(DataError, match="is not a local file"):
-            open_source(tmp_path / "index.json")
+@pytest.mark.parametrize(
+    ("name", "digest", "words"),
+    [
+        ("pipe:touch hacked", "0" * 64, "not read; give a path"),
+        ("ftp://example.org/x.tar", "0" * 64, "not read; give a path"),
+        ("simplecache::https://example.org/x.tar", "0" * 64, "not read; give a path"),
+        ("https://example.org/x.tar::zip://a.tar", "0" * 64, "not read; give a path"),
+        ("x.tar", "../" * 10, "impossible values in its list of shards"),
+        ("x\n.tar", "0" * 64, "impossible values in its list of shards"),
+    ],
+)
+def test_shards_behind_commands_and_other_places_are_refused(tmp_path, name, digest, words):
+    row = SampleRow("a", 0, 1, "0" * 64, 1, 1)
+    write_index(tmp_path / "index.json", [(ShardEntry(name, digest, 10, 1), [row])])
+    with pytest.raises(DataError, match=words):
+        open_source(tmp_path / "index.json")
 
 
 def test_a_million_samples_open_at_once(tmp_path, monkeypatch):
     counter = iter(range(1_000_000))
     # The same line layout as SampleRow.line, without its cost a million times over.
     text = (
-        '{{"caption":"a fox","height":8,"key":"{}","mask":null,"offset":0,'
+        '{{"caption":"a fox","height":7,"key":"{}","mask":null,"offset":0,'
         '"sha256":"{}","size":9,"width":8}}'
     )
     monkeypatch.setattr(
         SampleRow, "line", lambda row: text.format(next(counter), "0" * 64).encode()
     )
-    rows = [SampleRow("", 0, 9, "", 8, 8)] * 1000
+    rows = [SampleRow("", 0, 9, "", 8, 7)] * 1000
     path = tmp_path / "index.json"
     write_index(path, ((ShardEntry(f"{n}.tar", "0" * 64, 10, 1000), rows) for n in range(1000)))
     start = time.monotonic()
@@ -769,6 +934,31 @@ def test_a_million_samples_open_at_once(tmp_path, monkeypatch):
     assert time.monotonic() - start < 1
     picks = np.random.default_rng(0).integers(0, 1_000_000, 200)
     assert [source.records[int(pick)].key for pick in picks] == [str(pick) for pick in picks]
+    start = time.monotonic()
+    shapes = source.shapes()
+    assert time.monotonic() - start < 5
+    assert shapes.shape == (1_000_000, 2)
+    assert (shapes == (7, 8)).all()
+
+
+def test_shapes_come_from_checked_lines_alone(folder, tmp_path):
+    path = write_shards(folder, tmp_path, samples_per_shard=5)
+    value = json.loads(path.read_text("utf-8"))
+    expected = [[row["height"], row["width"]] for row in value["samples"]]
+    assert open_source(path).shapes().tolist() == expected
+    whole = path.read_bytes()
+    path.write_bytes(whole.replace(b'"height":24', b'"height":42', 1))
+    with pytest.raises(DataError, match="lines of shard shard-000000\\.tar were changed"):
+        open_source(path).shapes()
+
+
+def test_shapes_of_lines_in_another_layout(tmp_path, monkeypatch):
+    line = SampleRow.line
+    monkeypatch.setattr(SampleRow, "line", lambda row: line(row).replace(b'":', b'" : '))
+    rows = [SampleRow(str(n), 0, 9, "0", 8 + n, 5) for n in range(3)]
+    write_index(tmp_path / "index.json", [(ShardEntry("x.tar", "0" * 64, 10, 3), rows)])
+    shapes = open_source(tmp_path / "index.json").shapes()
+    assert shapes.tolist() == [[5, 8], [5, 9], [5, 10]]
 
 
 def test_the_line_layout_is_the_documented_one():

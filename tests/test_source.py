@@ -6,14 +6,21 @@ import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
+from pathlib import Path
 
 import numpy as np
 import pytest
 from pictures import encoded, make_folder, noise, turned
 
-from disttrain.data import images, source
+from disttrain.data import folder, images, shard_source
 from disttrain.data.shards import write_shards
-from disttrain.data.source import FolderSource, ShardSource, open_source
+from disttrain.data.source import (
+    FolderSource,
+    ShardSource,
+    SourceOptions,
+    allowance,
+    open_source,
+)
 from disttrain.errors import DataError
 
 
@@ -57,7 +64,7 @@ def test_what_is_ignored_and_what_is_named(tmp_path):
     write_picture(tmp_path / "sub.png")
     (tmp_path / "nested").mkdir()
     write_picture(tmp_path / "nested" / "deep.png")
-    for name in [".hidden.png", "README.md", "metadata.jsonl", "fox.json", "orphan.txt"]:
+    for name in [".hidden.png", "README.md", "others.jsonl", "fox.json", "orphan.txt"]:
         (tmp_path / name).write_text("x")
     for name in ["clip.mp4", "photo.heic", "old.gif"]:
         (tmp_path / name).write_bytes(b"x")
@@ -76,7 +83,7 @@ def test_captions(tmp_path):
     (tmp_path / "2.txt").write_bytes(b"F\xfcchse")
     with pytest.raises(DataError, match=r"2\.txt: not UTF-8"):
         open_source(tmp_path)
-    (tmp_path / "2.txt").write_bytes(b"x" * (source.CAPTION_LIMIT + 1))
+    (tmp_path / "2.txt").write_bytes(b"x" * (folder.CAPTION_LIMIT + 1))
     with pytest.raises(DataError, match=r"2\.txt: .*limit"):
         open_source(tmp_path)
 
@@ -140,11 +147,97 @@ def test_a_large_folder_is_checked_by_header(tmp_path, monkeypatch):
     make_folder(tmp_path, 3)
     path = tmp_path / "fox-1.png"
     path.write_bytes(path.read_bytes()[:200])
-    monkeypatch.setattr(source, "DECODED_AT_OPENING", 2)
+    monkeypatch.setattr(folder, "DECODED_AT_OPENING", 2)
     assert len(open_source(tmp_path).records) == 3
     path.write_bytes(b"hello")
     with pytest.raises(DataError, match=r"fox-1\.png"):
         open_source(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("samples", "share", "expected"),
+    [
+        (0, None, 0),
+        (99, None, 0),
+        (100, None, 1),
+        (299, None, 2),
+        (1_000_000, None, 10_000),
+        (10, 0.1, 1),
+        (19, 0.1, 1),
+        (100, 0.29, 29),
+        (100, 0.0, 0),
+        (7, 1.0, 7),
+    ],
+)
+def test_how_many_may_be_damaged(samples, share, expected):
+    assert allowance(samples, share) == expected
+
+
+def many_pictures(folder: Path, count: int) -> Path:
+    folder.mkdir()
+    data = [encoded(noise(4, 4, seed=seed)) for seed in range(10)]
+    for number in range(count):
+        (folder / f"{number}.png").write_bytes(data[number % 10])
+    return folder
+
+
+def test_a_few_damaged_pictures_are_left_out_with_a_line(tmp_path):
+    folder = many_pictures(tmp_path / "in", 200)
+    whole = open_source(folder)
+    assert list(whole.damaged) == []
+    (folder / "17.png").write_bytes(b"hello")
+    (folder / "18.txt").write_bytes(b"\xff")
+    pictures = open_source(folder)
+    assert [line.split(": ")[0] for line in pictures.damaged] == [
+        str(folder / "17.png"),
+        str(folder / "18.txt"),
+    ]
+    assert [r.key for r in pictures.records] == [str(n) for n in range(200) if n not in (17, 18)]
+    assert [pictures.read(n) for n in (16, 17)] == [whole.read(n) for n in (16, 19)]
+    assert pictures.digest != whole.digest
+    assert list(pictures.sizes) == [198]
+    assert pickle.loads(pickle.dumps(pictures)).read(17) == whole.read(19)
+    (folder / "100.png").write_bytes(b"")
+    with pytest.raises(
+        DataError, match=r"3 of 200 pictures .*\(2 may be\).*17\.png.*18\.txt.*100\."
+    ):
+        open_source(folder)
+    assert len(open_source(folder, SourceOptions(max_damaged=0.015)).damaged) == 3
+
+
+def test_more_damage_than_may_be_is_listed_on_one_line(tmp_path):
+    folder = many_pictures(tmp_path / "in", 9)
+    for number in range(7):
+        (folder / f"{number}.png").write_bytes(b"hello")
+    with pytest.raises(
+        DataError, match=r"in: 7 of 9 pictures cannot be used \(0 may be\)"
+    ) as caught:
+        open_source(folder)
+    message = str(caught.value)
+    assert "4.png: not a JPEG" in message
+    assert "5.png" not in message
+    assert message.endswith("; and 2 more")
+    assert "\n" not in message
+    assert len(open_source(folder, SourceOptions(max_damaged=0.8)).records) == 2
+    for number in (7, 8):
+        (folder / f"{number}.png").unlink()
+    with pytest.raises(DataError, match="7 of 7"):
+        open_source(folder, SourceOptions(max_damaged=1.0))
+
+
+def test_sizes_and_shapes(tmp_path):
+    folder = make_folder(tmp_path / "in", 7)
+    (folder / "fox-3.JPEG").write_bytes(encoded(noise(12, 20), "JPEG", exif=turned(6)))
+    (folder / "fox-5.txt").write_text('a fox","height":9,"width":9}')
+    pictures = open_source(folder)
+    shards = open_source(write_shards(folder, tmp_path / "out", samples_per_shard=3))
+    assert list(pictures.sizes) == [7]
+    assert list(shards.sizes) == [3, 3, 1]
+    for source in (pictures, shards):
+        shapes = source.shapes()
+        assert shapes.dtype == np.int32
+        assert shapes.tolist() == [[r.height, r.width] for r in pictures.records]
+    assert shapes[3].tolist() == [20, 12]
 
 
 def test_missing_empty_and_wrong_places(tmp_path):
@@ -236,7 +329,7 @@ def test_sources_travel_to_other_processes(tmp_path):
 
 
 def test_many_threads_share_few_open_shards(tmp_path, monkeypatch):
-    monkeypatch.setattr(source, "_OPEN_SHARDS", 2)
+    monkeypatch.setattr(shard_source, "OPEN_SHARDS", 2)
     folder = make_folder(tmp_path / "in", 12)
     shards = open_source(write_shards(folder, tmp_path / "out", samples_per_shard=1))
     expected = [shards.read(number) for number in range(12)]

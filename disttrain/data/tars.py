@@ -1,8 +1,9 @@
 """Plain tar archives, member by member: the bytes below webdataset shards.
 
-Under `shards.py`. Reading invariant: `walk` yields regular files that lie wholly inside the archive
-under safe relative names, in the order of the archive, or raises DataError; nothing is extracted,
-and memory does not grow with the archive. The standard library's reader is not used because it
+Under `shards.py`. Reading invariant: `walk` reads front to back, never back or ahead, and yields
+regular files that lie wholly inside the archive under safe relative names, in the order of the
+archive, or raises DataError; nothing is extracted, and memory grows with the number of names alone.
+The standard library's reader is not used because it
 takes a damaged header in mid-archive for the end, so that the rest of a shard vanishes silently.
 
 Formats: POSIX.1-1988 ustar, POSIX.1-2001 pax (path and size records), GNU long names and base-256
@@ -11,17 +12,17 @@ sizes. Writing: `member_header` depends on name and size alone, so equal members
 
 from __future__ import annotations
 
-import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import BinaryIO
 
 from disttrain.errors import DataError
+from disttrain.files import Readable
 
 BLOCK = 512
 END = bytes(2 * BLOCK)
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
+_PIECE = 2**20
 _EXTRA_LIMIT = 2**20  # bytes of a pax or long-name record
 _REGULAR, _FOLDER = (b"0", b"\0"), b"5"
 _PAX, _PAX_GLOBAL, _LONG_NAME = b"x", b"g", b"L"
@@ -38,11 +39,15 @@ _REFUSED = {
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """A regular file of an archive; its bytes are archive[offset : offset + size]."""
+    """A regular file of an archive; its bytes are archive[offset : offset + size].
+
+    `data` is these bytes where they were wanted.
+    """
 
     name: str
     offset: int
     size: int
+    data: bytes | None = None
 
 
 def member_header(name: str, size: int) -> bytes:
@@ -78,60 +83,102 @@ def split_name(name: str) -> tuple[str, str] | None:
     return folder + slash + stem, extension.lower()
 
 
-def walk(handle: BinaryIO, where: str) -> Iterator[Member]:
-    """Regular files of the archive in `handle`, which is read by position and left anywhere.
+def _nothing(name: str, size: int) -> bool:
+    return False
+
+
+def walk(
+    handle: Readable, where: str, wanted: Callable[[str, int], bool] = _nothing
+) -> Iterator[Member]:
+    """Regular files of the archive in `handle`, read up to the mark of its end.
+
+    Args:
+        wanted: given the name and size of a member, says whether its bytes are kept.
 
     Raises:
         DataError: damaged, truncated, compressed, or with a member that is refused: a link, a
             device, an absolute name or one with "..", a name that occurs twice.
     """
-    handle.seek(0)
-    if handle.read(6).startswith(_COMPRESSED):
-        raise DataError(f"{where}: a compressed archive, which has no seeking; unpack it to .tar")
-    total = handle.seek(0, os.SEEK_END)
-    position = 0
+    tape = _Tape(handle, where)
     seen: set[str] = set()
     extra: dict[str, str] = {}
     while True:
-        header = _read(handle, position, BLOCK, total, where)
+        position = tape.position
+        header = tape.block()
         if not any(header):
             return
         kind, size = header[156:157], _checked_size(header, position, where)
         if kind in (_PAX, _PAX_GLOBAL, _LONG_NAME):
             if size > _EXTRA_LIMIT:
                 raise DataError(f"{where}: a name record of {size} bytes at byte {position}")
-            record = _read(handle, position + BLOCK, size, total, where)
-            extra |= _records(record, kind, position, where)
-            position += BLOCK + size + len(padding(size))
+            extra |= _records(tape.record(size), kind, position, where)
             continue
         size = _number(extra["size"], position, where) if "size" in extra else size
         size = 0 if kind == _FOLDER else size  # some writers store the sum of its files there
         name = extra.get("path") or _header_name(header, position, where)
         extra = {}
-        end = position + BLOCK + size + len(padding(size))
-        if end > total:
-            raise DataError(f"{where}: cut short within {name!r}; fetch or write the shard again")
         _refuse_unsafe(name, kind, where)
-        if kind in _REGULAR and not name.endswith("/"):
-            name = name.removeprefix("./")
-            if name in seen:
-                raise DataError(f"{where}: member {name!r} occurs twice; write the shard again")
-            seen.add(name)
-            yield Member(name, position + BLOCK, size)
-        position = end
+        if kind not in _REGULAR or name.endswith("/"):
+            tape.body(name, size, keep=False)
+            continue
+        name = name.removeprefix("./")
+        if name in seen:
+            raise DataError(f"{where}: member {name!r} occurs twice; write the shard again")
+        seen.add(name)
+        yield Member(name, position + BLOCK, size, tape.body(name, size, wanted(name, size)))
 
 
-def _read(handle: BinaryIO, position: int, size: int, total: int, where: str) -> bytes:
-    if position + size > total:
-        raise DataError(
-            f"{where}: not a whole tar archive (no end mark by byte {total}); "
-            "fetch or write the shard again"
-        )
-    handle.seek(position)
-    data = handle.read(size)
-    if len(data) != size:
-        raise DataError(f"{where}: became shorter while it was read")
-    return data
+class _Tape:
+    """An archive that only moves forward; `position` is in bytes."""
+
+    def __init__(self, handle: Readable, where: str) -> None:
+        self._handle, self._where = handle, where
+        self.position = 0
+
+    def block(self) -> bytes:
+        """The next header."""
+        start = self.position
+        block = self._take(BLOCK)
+        if start == 0 and block.startswith(_COMPRESSED):
+            raise DataError(
+                f"{self._where}: a compressed archive, which has no seeking; unpack it to .tar"
+            )
+        return self._whole(block, BLOCK)
+
+    def record(self, size: int) -> bytes:
+        """The bytes of a record of a header's kind; the padding behind them is passed over."""
+        record = self._whole(self._take(size), size)
+        self._whole(self._take(len(padding(size))), len(padding(size)))
+        return record
+
+    def body(self, name: str, size: int, keep: bool) -> bytes | None:
+        """Pass over the bytes of a member and its padding; they are returned if `keep`."""
+        data = self._take(size) if keep else None
+        left = len(padding(size)) + (size - len(data) if data is not None else size)
+        while left and (piece := self._take(min(left, _PIECE))):
+            left -= len(piece)
+        if left:
+            raise DataError(
+                f"{self._where}: cut short within {name!r}; fetch or write the shard again"
+            )
+        return data
+
+    def _take(self, size: int) -> bytes:
+        """`size` bytes, fewer only at the end of the file."""
+        pieces: list[bytes] = []
+        while size and (piece := self._handle.read(min(size, _PIECE))):
+            pieces.append(piece)
+            size -= len(piece)
+            self.position += len(piece)
+        return b"".join(pieces)
+
+    def _whole(self, data: bytes, size: int) -> bytes:
+        if len(data) != size:
+            raise DataError(
+                f"{self._where}: not a whole tar archive (no end mark by byte {self.position}); "
+                "fetch or write the shard again"
+            )
+        return data
 
 
 def _checked_size(header: bytes, position: int, where: str) -> int:

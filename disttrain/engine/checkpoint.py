@@ -1,8 +1,9 @@
 """Checkpoints: everything a pack needs to go on as if nothing had happened.
 
-`checkpoints/step-00000500/` holds trainables.safetensors, optimizer.safetensors and state.json with
-the digests of both and of itself. Written by rank zero into a temporary folder that is synced and
-then renamed. Invariant: a folder named `step-*` is complete, or its digests say that it is damaged;
+`checkpoints/step-00000500/` holds trainables.safetensors, optimizer.safetensors,
+average.safetensors (where optim.ema_decay is set) and state.json with the digests of all and of
+itself. Written by rank zero into a temporary folder that is synced and then renamed. Invariant: a
+folder named `step-*` is complete, or its digests say that it is damaged;
 an older checkpoint is removed only after a newer one is in place. No random state is kept: draws
 are functions of the cursor.
 """
@@ -10,7 +11,7 @@ are functions of the cursor.
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,10 @@ from disttrain.files import (
     write_tensors,
 )
 
-FORMAT = 1
+FORMAT = 2
 SEPARATOR = "|"
 PARTS = ("trainables.safetensors", "optimizer.safetensors")
+AVERAGE = "average.safetensors"
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Checkpoint:
     state: dict[str, Any]
     trainables: dict[str, Tensor]
     optimizer: dict[str, Tensor]
+    average: dict[str, Tensor] = field(default_factory=dict)
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -57,9 +60,14 @@ def write_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int)
     path = checkpoint_path(folder, step)
     if not _holds(path, checkpoint.state):
         with atomic_folder(path) as temporary:
-            write_tensors(temporary / PARTS[0], checkpoint.trainables)
-            write_tensors(temporary / PARTS[1], checkpoint.optimizer)
-            digests = {name: sha256_file(temporary / name) for name in PARTS}
+            parts: dict[str, dict[str, Tensor]] = dict(
+                zip(PARTS, (checkpoint.trainables, checkpoint.optimizer), strict=True)
+            )
+            if checkpoint.average:
+                parts[AVERAGE] = checkpoint.average
+            for name, tensors in parts.items():
+                write_tensors(temporary / name, tensors)
+            digests = {name: sha256_file(temporary / name) for name in parts}
             state = {"format": FORMAT, **checkpoint.state, "digests": digests}
             write_json(temporary / "state.json", {**state, "digest": digest_of(state)})
     # Any newer one is a damaged one that was passed over: it must not count as kept.
@@ -91,7 +99,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     """
     state = _verified_state(path)
     try:
-        return Checkpoint(state, read_tensors(path / PARTS[0]), read_tensors(path / PARTS[1]))
+        trainables, optimizer = (read_tensors(path / name) for name in PARTS)
+        average = read_tensors(path / AVERAGE) if AVERAGE in state["digests"] else {}
+        return Checkpoint(state, trainables, optimizer, average)
     except DataError as error:
         raise CheckpointError(f"{path}: incomplete ({error})") from error
 
@@ -104,8 +114,8 @@ def _verified_state(path: Path) -> dict[str, Any]:
             raise CheckpointError(f"{path}: not a checkpoint of this version of disttrain")
         if state.pop("digest", None) != digest_of(state):
             raise CheckpointError(f"{path / 'state.json'}: damaged (its digest is another)")
-        for name in PARTS:
-            if sha256_file(path / name) != state["digests"][name]:
+        for name, digest in state["digests"].items():
+            if sha256_file(path / name) != digest:
                 raise CheckpointError(f"{path / name}: damaged (its digest is another)")
         return state
     except (DataError, OSError) as error:

@@ -26,6 +26,7 @@ from accelerate.utils import (
     DistributedDataParallelKwargs,
     InitProcessGroupKwargs,
     broadcast_object_list,
+    gather_object,
 )
 from torch import Tensor, nn
 
@@ -98,6 +99,10 @@ class Mesh:
         self._prepared.append(weakref.ref(prepared[0]))
         return prepared
 
+    def set_accumulation(self, steps: int) -> None:
+        """How many micro-batches make an update, once the batch has been settled."""
+        self.accelerator.gradient_accumulation_steps = steps
+
     def accumulate(self, model: nn.Module) -> AbstractContextManager[None]:
         """Context of one micro-batch: gradients travel only on the last of an update."""
         return self.accelerator.accumulate(model)
@@ -122,6 +127,10 @@ class Mesh:
     def mean(self, values: Tensor) -> Tensor:
         """Mean over ranks of a tensor of the same shape on each."""
         return self.accelerator.reduce(values, reduction="mean")  # type: ignore[return-value]
+
+    def gather(self, value: Result) -> list[Result]:
+        """The value of every rank, in order; it travels by pickle. Not to wait for slow work."""
+        return gather_object([value])
 
     def barrier(self) -> None:
         """Wait until every rank is here."""

@@ -6,13 +6,15 @@ exactly as if it had not stopped.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from disttrain.config import RunConfig, SubjectSettings
+from disttrain.engine.average import WeightAverage
 from disttrain.engine.checkpoint import (
     Checkpoint,
     optimizer_tensors,
@@ -31,7 +33,7 @@ from disttrain.engine.optim import (
 from disttrain.errors import CheckpointError, TrainingFailed
 from disttrain.methods import METHODS
 from disttrain.methods.base import Method, all_parameters
-from disttrain.methods.batch import Batcher, SubjectStreams
+from disttrain.methods.batch import Batcher
 from disttrain.methods.objective import Denoiser
 from disttrain.models.base import BaseModel
 from disttrain.models.packed import placed
@@ -61,6 +63,8 @@ class Pack:
         groups = self.method.groups()
         self.parameters: dict[str, Tensor] = {**all_parameters(groups)}
         self.parameter_names = {value: name for name, value in self.parameters.items()}
+        decay = config.optim.ema_decay
+        self.average = WeightAverage(self.parameters, decay) if decay else None
         if config.train.gradient_checkpointing:
             # Inactive in evaluation mode; neither model has dropout, so nothing else changes. The
             # reentrant kind loses gradients where a layer's input needs none.
@@ -89,13 +93,25 @@ class Pack:
         size = self.config.data.batch_size * self.config.train.gradient_accumulation_steps
         return size * self.mesh.world
 
-    def feed(self, streams: Sequence[SubjectStreams], sources: dict[str, str]) -> None:
-        """Connect the data: streams by slot, and the digest of each subject's pictures."""
-        contexts = None if self.method.trains_text else self.contexts
-        self.batcher = Batcher(
-            self.config, self.base, self.method, streams, contexts, self.mesh.device
-        )
-        self.sources = sources
+    def feed(self, batcher: Batcher, sources: dict[str, str]) -> None:
+        """Connect the data: batches, and the digest of each subject's pictures."""
+        self.batcher, self.sources = batcher, sources
+
+    @contextmanager
+    def feeding(self) -> Iterator[None]:
+        """The data may be asked for inside; at the end the processes that read ahead are ended."""
+        assert self.batcher is not None, "feed() comes first"
+        try:
+            yield
+        finally:
+            self.batcher.loader.close()
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside, the weights are those that results are made from: the average, if there is one.
+
+        No step may be taken inside.
+        """
+        return nullcontext() if self.average is None else self.average.applied()
 
     def begin_step(self) -> None:
         """Set the learning rate of the coming update."""
@@ -105,8 +121,7 @@ class Pack:
     def losses(self, micro: int) -> Tensor:
         """Losses `[S]` of one micro-batch of this rank, with their graph."""
         assert self.batcher is not None, "feed() comes first"
-        batch = self.batcher.batch(self.cursor, micro, self.mesh.rank, self.mesh.world)
-        return self.denoiser(batch)
+        return self.denoiser(self.batcher.batch(self.cursor, micro))
 
     def update(self, losses: list[float]) -> list[float]:
         """Apply the gradients; returns each subject's gradient norm before clipping.
@@ -128,6 +143,8 @@ class Pack:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.cursor += self.samples_per_step
+        if self.average is not None:
+            self.average.update(self.step)
         return values
 
     def _refuse_not_finite(self, losses: list[float], norms: list[float]) -> None:
@@ -155,7 +172,9 @@ class Pack:
         if self.mesh.scaler is not None:
             state["scaler"] = self.mesh.scaler.state_dict()
         optimizer = optimizer_tensors(self.optimizer, self.parameter_names)
-        return Checkpoint(state, {k: v.detach() for k, v in self.parameters.items()}, optimizer)
+        trainables = {name: value.detach() for name, value in self.parameters.items()}
+        average = self.average.values if self.average is not None else {}
+        return Checkpoint(state, trainables, optimizer, average)
 
     def restore(self, checkpoint: Checkpoint, path: str) -> None:
         """Take over a checkpoint's state.
@@ -171,6 +190,8 @@ class Pack:
                 )
         restore_parameters(self.parameters, checkpoint.trainables, path)
         restore_optimizer(self.optimizer, self.parameter_names, checkpoint.optimizer)
+        if self.average is not None:
+            restore_parameters(self.average.values, checkpoint.average, path)
         if self.mesh.scaler is not None and "scaler" in checkpoint.state:
             self.mesh.scaler.load_state_dict(checkpoint.state["scaler"])
         self.step, self.cursor = checkpoint.state["step"], checkpoint.state["cursor"]

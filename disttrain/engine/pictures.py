@@ -1,196 +1,145 @@
-"""From a subject's settings to its sample streams: pictures, latents, prompts.
+"""A subject's pictures and prompts, opened and checked before anything is written.
 
-Between `data/` and a pack. Invariant: `open_subject` finds everything that can be wrong with a
-subject's files before anything is written; `make_streams` then only computes.
+Between `data/` and the streams of a pack. Invariant: `open_subject` finds everything that can be
+wrong with a subject's files without reading every picture of a large set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
-from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-from torch import Tensor
+import numpy as np
 
 from disttrain.config import RunConfig, SubjectSettings
-from disttrain.data.latents import LatentCache, Variants
-from disttrain.data.loader import SampleStream
-from disttrain.data.source import Source, open_source
-from disttrain.engine.class_images import class_image_folder, given_class_images
-from disttrain.engine.distributed import Mesh
+from disttrain.data.bucket_order import BucketOrder
+from disttrain.data.buckets import Size, assign, bucket_sizes
+from disttrain.data.order import LARGE_SET, Order, SampleOrder
+from disttrain.data.source import Source, SourceOptions, allowance, open_source
+from disttrain.engine.class_images import given_class_images
 from disttrain.engine.progress import Progress, join_names
-from disttrain.files import digest_of
-from disttrain.methods.batch import SubjectStreams
-from disttrain.models.base import BaseModel
-from disttrain.models.packed import placed
 from disttrain.prompts import PromptPlan, prompt_plan, words_of_stem
+
+LOOKED_AT = 1000  # records; a set of millions is not read to say that its captions are not used
 
 
 @dataclass(frozen=True)
 class SubjectData:
     """What a subject is taught from."""
 
+    config: RunConfig
     settings: SubjectSettings
     source: Source
     given_class: Source | None
     plan: PromptPlan
+    sizes: list[Size]
+    """Heights and widths of its pictures by bucket; buckets without a picture are left out."""
+    buckets: np.ndarray | None
+    """Bucket of each picture; None when all have one size."""
+
+    def caption(self, picture: int) -> str:
+        """The words of a picture: its caption, else those of its file name."""
+        record = self.source.records[picture]
+        if record.caption is not None:
+            return record.caption
+        return words_of_stem(record.stem, self.config.captions)
+
+    def order(self, step_size: int) -> Order:
+        """The order of its pictures.
+
+        Args:
+            step_size: pictures of one optimizer step over all processes.
+        """
+        data = self.config.data
+        count = len(self.source.records)
+        drop = drops_tail(self.config, count)
+        order = SampleOrder(
+            self.source.sizes,
+            self.config.seed,
+            self.settings.name,
+            "instance",
+            data.shuffle_window or None,
+            step_size if drop and self.buckets is None else 1,
+        )
+        return order if self.buckets is None else BucketOrder(order, self.buckets, step_size, drop)
 
 
-def open_subject(
-    config: RunConfig, subject: SubjectSettings, world: int, progress: Progress
-) -> SubjectData:
-    """A subject's pictures and prompts, checked.
+def drops_tail(config: RunConfig, count: int) -> bool:
+    """Whether an epoch leaves out what does not fill its last step."""
+    policy = config.data.epoch_end
+    return policy == "drop" or (policy == "auto" and count >= LARGE_SET)
+
+
+def source_options(config: RunConfig) -> SourceOptions:
+    """How the config wants pictures to be opened."""
+    data = config.data
+    return SourceOptions(
+        max_damaged=data.max_damaged,
+        caption_column=config.captions.column,
+        shard_folder=config.cache_folder / "remote",
+        shard_bytes=int(data.shard_cache_gb * 10**9),
+    )
+
+
+def open_subject(config: RunConfig, subject: SubjectSettings, progress: Progress) -> SubjectData:
+    """A subject's pictures and prompts, checked; `config` has its global batch size.
 
     Raises:
         DataError: a picture, caption or template is missing or unusable.
     """
-    source = open_source(subject.images)
+    source = open_source(subject.images, source_options(config))
     plan = prompt_plan(config, subject)
     given = given_class_images(config, subject)
+    sizes, buckets = _buckets(config, source)
+    data = SubjectData(config, subject, source, given, plan, sizes, buckets)
     if source.ignored:
         progress.warn(f"{subject.images}: not pictures, left out: {join_names(source.ignored)}")
-    captions = sum(record.caption is not None for record in source.records)
+    for line in source.damaged:
+        progress.warn(f"passed over: {line}")
+    captions = any(record.caption is not None for record in source.records[:LOOKED_AT])
     if captions and not plan.uses_captions:
         progress.warn(
-            f"subject {subject.name}: {captions} captions are not used; "
+            f"subject {subject.name}: captions are not used; "
             "put {caption} into instance_prompt, or choose a template with [filewords]"
         )
-    per_step = config.data.batch_size * config.train.gradient_accumulation_steps * world
-    if len(source.records) % per_step:
-        progress.warn(
-            f"subject {subject.name}: {len(source.records)} pictures do not divide by processes x "
-            f"batch x accumulation = {per_step}; an update may hold pictures of two epochs"
+    _say_how_epochs_end(data, progress)
+    return data
+
+
+def allowed_damage(config: RunConfig, source: Source) -> int:
+    """How many pictures of a source may turn out to be damaged."""
+    return allowance(len(source.records), config.data.max_damaged)
+
+
+def _buckets(config: RunConfig, source: Source) -> tuple[list[Size], np.ndarray | None]:
+    data = config.data
+    if not data.aspect_ratio_buckets:
+        return [(data.resolution, data.resolution)], None
+    sizes = bucket_sizes(data.resolution, data.bucket_step, data.bucket_max_aspect)
+    used, buckets = np.unique(assign(source.shapes(), sizes), return_inverse=True)
+    return [sizes[number] for number in used], buckets.astype(np.int32)
+
+
+def _say_how_epochs_end(data: SubjectData, progress: Progress) -> None:
+    name, count = data.settings.name, len(data.source.records)
+    step_size = data.config.data.global_batch_size
+    assert step_size is not None, "settle_batch fills it"
+    order = data.order(step_size)
+    if isinstance(order, BucketOrder):
+        pictures = zip(data.sizes, order.counts.tolist(), strict=True)
+        listed = ", ".join(f"{width}x{height}: {n}" for (height, width), n in pictures)
+        progress.say(f"subject {name}: pictures by size {listed}")
+        if order.repeated:
+            progress.warn(
+                f"subject {name}: {order.repeated} of {order.length} places of an epoch repeat a "
+                "picture, to fill the last step of each size"
+            )
+    elif order.length < count:
+        progress.say(
+            f"subject {name}: each epoch leaves out {count - order.length} of {count} pictures, "
+            "other ones each time (data.epoch_end)"
         )
-    return SubjectData(subject, source, given, plan)
-
-
-def make_streams(
-    config: RunConfig,
-    mesh: Mesh,
-    base: BaseModel,
-    subjects: list[SubjectData],
-    progress: Progress,
-) -> tuple[list[SubjectStreams], dict[str, str]]:
-    """Streams of each subject, and the digest of what each is taught from.
-
-    Draws missing class pictures and encodes missing latents; the VAE is gone from memory when this
-    returns. Call before a method changes the base.
-    """
-    class_sources: list[list[Source]] = []
-    for data in subjects:
-        class_sources.append(_class_sources(config, mesh, base, data, progress))
-    encoder = VaeEncoder(base, mesh.device)
-    streams, digests = [], {}
-    for data, sources in zip(subjects, class_sources, strict=True):
-        name = data.settings.name
-        instance = _instance_stream(config, mesh, base, data, encoder, progress)
-        prior = _class_stream(config, mesh, base, data, sources, encoder, progress)
-        streams.append(SubjectStreams(instance, prior))
-        digests[name] = digest_of([data.source.digest, *(source.digest for source in sources)])
-    return streams, digests
-
-
-class VaeEncoder:
-    """Encodes pictures to moments with a VAE that is loaded at the first call."""
-
-    def __init__(self, base: BaseModel, device: torch.device) -> None:
-        self.base, self.device = base, device
-        self.vae: AutoencoderKL | None = None
-
-    @torch.no_grad()
-    def __call__(self, pixels: Tensor) -> Tensor:
-        """Mean and log variance `[N, 2C, h, w]` of pictures `[N, 3, H, W]` in [-1, 1]."""
-        if self.vae is None:
-            self.vae = placed(self.base.load_vae(), self.device)
-        posterior = self.vae.encode(pixels.to(self.device), return_dict=False)[0]
-        return torch.cat([posterior.mean, posterior.logvar], dim=1).float().cpu()
-
-
-def _class_sources(
-    config: RunConfig, mesh: Mesh, base: BaseModel, data: SubjectData, progress: Progress
-) -> list[Source]:
-    if config.prior is None:
-        return []
-    sources = [data.given_class] if data.given_class is not None else []
-    have = sum(len(source.records) for source in sources)
-    folder = class_image_folder(config, mesh, base, data.settings, have, progress)
-    return [*sources, *([open_source(folder)] if folder is not None else [])]
-
-
-def _latents(
-    config: RunConfig,
-    mesh: Mesh,
-    base: BaseModel,
-    source: Source,
-    encoder: Callable[[Tensor], Tensor],
-    progress: Progress,
-) -> LatentCache:
-    random = not config.data.center_crop
-    variants = Variants(
-        crops=config.data.cached_crops if random else 1, random=random, flip=config.data.random_flip
-    )
-    cache = LatentCache(
-        source,
-        config.cache_folder / "latents",
-        variants=variants,
-        resolution=config.data.resolution,
-        vae_digest=base.vae_digest,
-    )
-    with progress.counter(f"latents of {source.where}") as counted:
-        cache.prepare(encoder, rank=mesh.rank, world=mesh.world, progress=counted)
-    return cache
-
-
-def _instance_stream(
-    config: RunConfig,
-    mesh: Mesh,
-    base: BaseModel,
-    data: SubjectData,
-    encoder: Callable[[Tensor], Tensor],
-    progress: Progress,
-) -> SampleStream:
-    name, records = data.settings.name, data.source.records
-    cache = _latents(config, mesh, base, data.source, encoder, progress)
-    captions = [
-        record.caption if record.caption is not None else words_of_stem(record.stem)
-        for record in records
-    ]
-
-    def prompt(position: int, picture: int) -> str:
-        return data.plan.prompt(config.seed, name, position, captions[picture])
-
-    keys = [record.key for record in records]
-    return SampleStream(
-        name, "instance", config.seed, keys, cache.get, cache.variants.count, prompt
-    )
-
-
-def _class_stream(
-    config: RunConfig,
-    mesh: Mesh,
-    base: BaseModel,
-    data: SubjectData,
-    sources: list[Source],
-    encoder: Callable[[Tensor], Tensor],
-    progress: Progress,
-) -> SampleStream | None:
-    if not sources:
-        return None
-    assert config.prior is not None
-    text = data.plan.fill(data.settings.class_prompt)
-    caches = [_latents(config, mesh, base, source, encoder, progress) for source in sources]
-    places = [
-        (cache, i)
-        for cache, source in zip(caches, sources, strict=True)
-        for i in range(len(source.records))
-    ][: config.prior.num_class_images]
-
-    def moments(picture: int, variant: int) -> Tensor:
-        cache, i = places[picture]
-        return cache.get(i, variant)
-
-    keys = [f"class picture {i}" for i in range(len(places))]
-    variants = caches[0].variants.count
-    name = data.settings.name
-    return SampleStream(name, "class", config.seed, keys, moments, variants, lambda *_: text)
+    elif count % step_size:
+        progress.warn(
+            f"subject {name}: {count} pictures do not divide by the {step_size} of an optimizer "
+            "step; a step may hold pictures of two epochs"
+        )

@@ -6,7 +6,9 @@ import os
 
 from disttrain.config import RunConfig
 from disttrain.data.source import open_source
+from disttrain.engine.batch_size import settle_batch
 from disttrain.engine.optim import describe_learning_rate
+from disttrain.engine.pictures import source_options
 from disttrain.engine.run_folder import RunFolder, check_same_run
 from disttrain.prompts import prompt_plan
 
@@ -17,6 +19,8 @@ def print_plan(config: RunConfig) -> None:
     Raises:
         UserError: what `train` would refuse.
     """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    config = settle_batch(config, world)
     folder = RunFolder(config.folder)
     if folder.config.is_file():
         check_same_run(folder, config)
@@ -25,12 +29,11 @@ def print_plan(config: RunConfig) -> None:
     else:
         print(f"run folder  {folder.path} (new)")
     print(f"method      {config.method.name} on {config.base_model}")
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     print(f"            {describe_learning_rate(config, world)['text']}")
     train = config.train
     per_step = config.data.batch_size * train.gradient_accumulation_steps * world
     for subject in config.subjects:
-        pictures = len(open_source(subject.images).records)
+        pictures = len(open_source(subject.images, source_options(config)).records)
         plan = prompt_plan(config, subject)
         epochs = train.max_steps * per_step / pictures
         print(f"subject     {subject.name}: {pictures} pictures, {epochs:.1f} epochs")

@@ -44,6 +44,13 @@ class Progress:
         """One line that a person should not miss."""
         self.say(f"warning: {text}")
 
+    def warn_from(self, rank: int, text: str) -> None:
+        """A line that a person should not miss, from whichever rank has it to say."""
+        if self.shown:
+            self.warn(text)
+        else:
+            print(f"[rank {rank}] warning: {text}", file=sys.stderr, flush=True)
+
     @contextmanager
     def counter(self, what: str) -> Iterator[Callable[[int, int], None]]:
         """A function of (done, total) that shows how far it is, from its first call on."""

@@ -69,10 +69,9 @@ class Recorder:
     ) -> StepRecord:
         pack = self.pack
         assert pack.batcher is not None
-        stream = pack.batcher.streams[slot].instance
-        pictures = len(stream.keys)
+        stream = pack.batcher.subjects[slot].instance
         first = pack.cursor - pack.samples_per_step
-        per_epoch = max(1, pictures // pack.samples_per_step)
+        per_epoch = max(1, stream.order.length // pack.samples_per_step)
         return StepRecord(
             step=pack.step,
             subject=pack.names[slot],

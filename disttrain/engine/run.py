@@ -14,12 +14,13 @@ from typing import Any
 
 from disttrain import schema
 from disttrain.config import RunConfig
-from disttrain.engine.checkpoint import Checkpoint, newest_checkpoint, write_checkpoint
+from disttrain.engine.batch_size import settle_batch
+from disttrain.engine.checkpoint import newest_checkpoint, write_checkpoint
 from disttrain.engine.distributed import Mesh
 from disttrain.engine.metrics import MetricsLog
 from disttrain.engine.optim import describe_learning_rate
 from disttrain.engine.pack import Pack
-from disttrain.engine.pictures import SubjectData, make_streams, open_subject
+from disttrain.engine.pictures import SubjectData, open_subject
 from disttrain.engine.previews import draw_previews
 from disttrain.engine.progress import Progress, join_names
 from disttrain.engine.run_folder import (
@@ -29,10 +30,13 @@ from disttrain.engine.run_folder import (
     fresh_name,
     write_config,
 )
+from disttrain.engine.streams import StreamMaker, VaeEncoder
+from disttrain.engine.text_cache import cache_prompts
 from disttrain.errors import ConfigError
 from disttrain.files import FolderLock, remove_temporaries, write_json
 from disttrain.methods import METHODS
 from disttrain.methods.base import token_warning
+from disttrain.methods.batch import Batcher, SubjectStreams, make_loader
 from disttrain.models.base import BaseModel, configured_base
 
 
@@ -64,9 +68,7 @@ class Run:
         waiting = {name for names in self.queue for name in names}
         for subject in self.config.subjects:
             if subject.name in waiting:
-                self.data[subject.name] = open_subject(
-                    self.config, subject, self.mesh.world, self.progress
-                )
+                self.data[subject.name] = open_subject(self.config, subject, self.progress)
                 warning = token_warning(self.config, self.base.tokenizer, subject)
                 if warning:
                     self.progress.warn(warning)
@@ -79,9 +81,11 @@ class Run:
         """The pack of these subjects, at the step of its newest checkpoint."""
         base, self.base = self.base or self._load_base(), None
         data = [self.data[name] for name in names]
-        streams, sources = make_streams(self.config, self.mesh, base, data, self.progress)
+        maker = StreamMaker(self.config, self.mesh, base, self.progress)
+        streams, sources = maker.make(data)
         pack = Pack(self.config, self.mesh, base, [item.settings for item in data])
-        pack.feed(streams, sources)
+        cache_prompts(self.config, self.mesh, data, pack.contexts, self.progress)
+        pack.feed(self._batcher(pack, streams, maker.encoder), sources)
         self._restore(pack)
         if self.mesh.is_main:
             steps = {**self.done, **dict.fromkeys(pack.names, pack.step)}
@@ -89,6 +93,20 @@ class Run:
         if pack.step == 0 and self.config.train.sample_every:
             self.preview(pack)
         return pack
+
+    def _batcher(self, pack: Pack, streams: list[SubjectStreams], encoder: VaeEncoder) -> Batcher:
+        mesh, config = self.mesh, self.config
+        on_gpu = mesh.device.type == "cuda"
+        loader = make_loader(config, streams, mesh.rank, mesh.world, on_gpu, self._warn_here)
+        contexts = None if pack.method.trains_text else pack.contexts
+        encode = None if config.data.cache_latents else encoder
+        return Batcher(
+            config, pack.base, pack.method, streams, loader, contexts, encode, mesh.device
+        )
+
+    def _warn_here(self, text: str) -> None:
+        """A warning of this rank alone, which may be any."""
+        self.progress.warn_from(self.mesh.rank, text)
 
     def _restore(self, pack: Pack) -> None:
         found = newest_checkpoint(self.folder.checkpoints)
@@ -108,21 +126,25 @@ class Run:
         """Write a checkpoint; every rank calls it, rank zero writes."""
         state = pack.state()
         run_step = self.steps_before + pack.step
-        checkpoint = Checkpoint(
-            {"run_step": run_step, **state.state}, state.trainables, state.optimizer
-        )
+        checkpoint = replace(state, state={"run_step": run_step, **state.state})
         keep = self.config.train.keep_checkpoints
 
         def write() -> None:
             write_checkpoint(self.folder.checkpoints, run_step, checkpoint, keep)
             self.metrics.write_curves(pack.names)
-            self._export(pack, "steps")
+            with pack.averaged():
+                self._export(pack, "steps")
 
         self.mesh.on_rank_zero(write)
 
     def preview(self, pack: Pack) -> None:
         """Draw preview pictures; every rank calls it, rank zero draws."""
-        self.mesh.on_rank_zero(lambda: draw_previews(pack, self.config, self.folder))
+
+        def draw() -> None:
+            with pack.averaged():
+                draw_previews(pack, self.config, self.folder)
+
+        self.mesh.on_rank_zero(draw)
 
     def _export(self, pack: Pack, where: str) -> None:
         """Results as they stand: final ones, or small copies beside a checkpoint."""
@@ -143,7 +165,8 @@ class Run:
             self.preview(pack)
 
         def write() -> None:
-            self._export(pack, "final")
+            with pack.averaged():
+                self._export(pack, "final")
             self.folder.mark_finished(pack.names, pack.step)
 
         self.mesh.on_rank_zero(write)
@@ -174,7 +197,7 @@ def packs_to_train(config: RunConfig, done: dict[str, int]) -> list[list[str]]:
             kept.
     """
     short = [s.name for s in config.subjects if done.get(s.name, 0) < config.train.max_steps]
-    if config.packable:
+    if config.together:
         return [short] if short else []
     last = list(done)[-1] if done else None
     lost = [name for name in short if name in done and name != last]
@@ -196,6 +219,8 @@ def open_run(config: RunConfig, mesh: Mesh, progress: Progress, fresh: bool) -> 
     """
     if fresh:
         config = replace(config, name=mesh.on_rank_zero(lambda: fresh_name(config).name))
+    config = settle_batch(config, mesh.world, fresh)
+    mesh.set_accumulation(config.train.gradient_accumulation_steps)
     if RunFolder(config.folder).config.is_file():
         check_same_run(RunFolder(config.folder), config)
     run = Run(config, mesh, progress)

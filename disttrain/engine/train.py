@@ -35,7 +35,8 @@ def train(config: RunConfig, fresh: bool = False) -> None:
 def train_subjects(run: Run, names: list[str]) -> None:
     """One pack of the queue, from its pictures or its checkpoint to its results."""
     pack = run.make_pack(names)
-    train_pack(run, pack)
+    with pack.feeding():
+        train_pack(run, pack)
     run.finish(pack)
 
 

@@ -1,13 +1,13 @@
-"""From samples to the tensors of one step.
+"""From rows of samples to the tensors of one step.
 
-Between `data/loader.py` (samples of a rank) and the denoiser. Invariant: rows are subject-major, a
+Between `data/loader.py` (rows of a rank) and the denoiser. Invariant: rows are subject-major, a
 subject's own pictures first, its class pictures after them; noise and timesteps come from each
 sample's draw index.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,27 +15,42 @@ import torch
 from torch import Tensor
 
 from disttrain.config import RunConfig
-from disttrain.data.loader import Sample, SampleStream, batch_positions
+from disttrain.data.loader import SampleLoader, Share
+from disttrain.data.stream import Sample, SampleStream
 from disttrain.methods.base import Method
 from disttrain.methods.objective import draw, posterior_sample
 from disttrain.models.base import BaseModel
 from disttrain.models.text import ContextCache
 
+Encode = Callable[[Tensor], Tensor]
+"""Pictures `[N, 3, H, W]` in [-1, 1] -> moments `[N, 2C, h, w]`."""
+Prompt = Callable[[int, int], str]
+"""(position, picture) -> prompt."""
+
 
 @dataclass(frozen=True)
 class SubjectStreams:
-    """Where the samples of one subject come from."""
+    """Where the samples of one subject come from, and the prompts that go with them."""
 
     instance: SampleStream
+    instance_prompt: Prompt
     prior: SampleStream | None
+    prior_prompt: Prompt | None
+
+    @property
+    def streams(self) -> list[SampleStream]:
+        """The subject's streams in the order of rows."""
+        return [self.instance, *([self.prior] if self.prior is not None else [])]
 
 
 class Batcher:
-    """Makes the batch of any (cursor, micro-batch, rank) of a pack.
+    """Makes the batch of any (cursor, micro-batch) of a pack.
 
     Args:
+        loader: over the streams of all subjects.
         contexts: encodes prompts when the text encoder is frozen; None when it takes part in the
             step, which then gets token ids.
+        encode: the autoencoder, for rows of pixels; None when all rows are latents.
     """
 
     def __init__(
@@ -43,69 +58,77 @@ class Batcher:
         config: RunConfig,
         base: BaseModel,
         method: Method,
-        streams: Sequence[SubjectStreams],
+        subjects: Sequence[SubjectStreams],
+        loader: SampleLoader,
         contexts: ContextCache | None,
+        encode: Encode | None,
         device: torch.device,
     ) -> None:
-        self.config, self.method, self.streams = config, method, streams
-        self.contexts, self.device = contexts, device
+        self.config, self.method, self.subjects = config, method, subjects
+        self.loader, self.contexts, self.encode, self.device = loader, contexts, encode, device
         self.scaling_factor = base.scaling_factor
         self.timesteps = base.scheduler.config["num_train_timesteps"]
-        self.weights = torch.tensor([self._weights(s) for s in streams], device=device)
+        self.weights = torch.tensor([self._weights(s) for s in subjects], device=device)
+        # By identity: a stream belongs to one subject.
+        self._prompts: dict[int, tuple[int, Prompt]] = {}
+        for slot, subject in enumerate(subjects):
+            self._prompts[id(subject.instance)] = (slot, subject.instance_prompt)
+            if subject.prior is not None and subject.prior_prompt is not None:
+                self._prompts[id(subject.prior)] = (slot, subject.prior_prompt)
 
-    def _weights(self, streams: SubjectStreams) -> list[float]:
+    def _weights(self, subject: SubjectStreams) -> list[float]:
         size = self.config.data.batch_size
         own = [1.0 / size] * size
-        if streams.prior is None:
+        if subject.prior is None:
             return own
         assert self.config.prior is not None
         return own + [self.config.prior.prior_loss_weight / size] * size
 
-    def samples(
-        self, cursor: int, micro: int, rank: int, world: int
-    ) -> list[tuple[int, SampleStream, Sample]]:
-        """(slot, stream, sample) of each row, subject-major."""
-        positions = batch_positions(cursor, micro, self.config.data.batch_size, rank, world)
-        return [
-            (slot, stream, stream.sample(position))
-            for slot, streams in enumerate(self.streams)
-            for stream in (streams.instance, streams.prior)
-            if stream is not None
-            for position in positions
-        ]
-
-    def batch(self, cursor: int, micro: int, rank: int, world: int) -> dict[str, Tensor]:
+    def batch(self, cursor: int, micro: int) -> dict[str, Tensor]:
         """Tensors on the device, as `Denoiser.forward` documents them."""
-        rows = self.samples(cursor, micro, rank, world)
-        moments = torch.stack([sample.moments for _, _, sample in rows])
+        rows, content = self.loader.rows((cursor, micro))
+        moments = self._moments(content.to(self.device, non_blocking=True))
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         draws = [
             draw(shape, self.timesteps, stream.seed, stream.subject, stream.name, sample.position)
-            for _, stream, sample in rows
+            for stream, sample in rows
         ]
-        posterior = [
-            self._posterior_draws(d.posterior, row) for d, row in zip(draws, rows, strict=True)
-        ]
-        latents = posterior_sample(moments, torch.from_numpy(np.stack(posterior)))
+        posterior = np.stack(
+            [self._posterior_draws(d.posterior, *row) for d, row in zip(draws, rows, strict=True)]
+        )
+        latents = posterior_sample(moments, torch.from_numpy(posterior).to(self.device))
         batch = {
             "latents": latents * self.scaling_factor,
             "noise": torch.from_numpy(np.stack([d.noise for d in draws])),
             "timesteps": torch.tensor([d.timestep for d in draws]),
         }
+        prompts = [self._prompt(stream, sample) for stream, sample in rows]
         if self.contexts is None:
             batch["ids"] = torch.stack(
-                [self.method.tokenizer.ids(s.prompt, self.method.new_word(i)) for i, _, s in rows]
+                [
+                    self.method.tokenizer.ids(text, self.method.new_word(slot))
+                    for slot, text in prompts
+                ]
             )
         else:
-            batch["context"] = self.contexts.get([sample.prompt for _, _, sample in rows])
+            batch["context"] = self.contexts.get([text for _, text in prompts])
         moved = {k: v.to(self.device, non_blocking=True) for k, v in batch.items()}
         return {**moved, "weights": self.weights}
 
+    def _prompt(self, stream: SampleStream, sample: Sample) -> tuple[int, str]:
+        slot, prompt = self._prompts[id(stream)]
+        return slot, prompt(sample.position, sample.picture)
+
+    def _moments(self, content: Tensor) -> Tensor:
+        if content.dtype != torch.uint8:
+            return content.float()
+        assert self.encode is not None
+        return self.encode(content.float() / 127.5 - 1)
+
     def _posterior_draws(
-        self, fresh: np.ndarray, row: tuple[int, SampleStream, Sample]
+        self, fresh: np.ndarray, stream: SampleStream, sample: Sample
     ) -> np.ndarray:
         """Noise for the posterior sample under the configured way of sampling it."""
-        _, stream, sample = row
         way = self.config.data.latent_sampling
         if way == "deterministic":
             return np.zeros_like(fresh)
@@ -113,3 +136,20 @@ class Batcher:
             once = f"{stream.name} once"
             return draw(fresh.shape, 1, stream.seed, stream.subject, once, sample.picture).posterior
         return fresh
+
+
+def make_loader(
+    config: RunConfig,
+    subjects: Sequence[SubjectStreams],
+    rank: int,
+    world: int,
+    pin: bool,
+    warn: Callable[[str], None],
+) -> SampleLoader:
+    """The loader over the streams of a pack, as the config asks for it."""
+    data = config.data
+    share = Share(data.batch_size, config.train.gradient_accumulation_steps, rank, world)
+    workers = 0
+    if not data.cache_latents:
+        workers = 2 if data.num_workers is None else data.num_workers
+    return SampleLoader([s.streams for s in subjects], share, workers, pin, warn)

@@ -9,11 +9,19 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
+
+from disttrain.files import digest_of, sha256_bytes
+from disttrain.models.names import public_name
+
+_BEHAVIOUR = ("hidden_act", "layer_norm_eps", "num_attention_heads")
+"""What of a text encoder's configuration changes its results without changing a weight's shape."""
 
 
 class PromptTokenizer:
@@ -68,30 +76,87 @@ def encode_ids(text_encoder: CLIPTextModel, ids: Tensor) -> Tensor:
     return text_encoder(input_ids=ids).last_hidden_state
 
 
+def text_encoder_digest(text_encoder: CLIPTextModel) -> str:
+    """Hex digest of a text encoder's weights, their type, and how it computes.
+
+    Taken from the weights in memory, so it does not depend on which file they came from; for SD 1
+    it takes half a second.
+    """
+    parts = [[name, getattr(text_encoder.config, name)] for name in _BEHAVIOUR]
+    for name, weight in sorted(text_encoder.state_dict().items()):
+        values = weight.detach().cpu().contiguous()
+        digest = sha256_bytes(values.view(-1).view(torch.uint8).numpy().tobytes())
+        parts.append([public_name("text_encoder", name), str(weight.dtype), *weight.shape, digest])
+    return digest_of(parts)
+
+
+class ContextStore(Protocol):
+    """Where contexts `[length, width]`, float32 on the CPU, are kept between runs by their keys."""
+
+    def scan(self) -> None:
+        """Take note of what others have added."""
+        ...
+
+    def read(self, key: str) -> Tensor | None:
+        """An intact context, None if there is none."""
+        ...
+
+    def write_all(self, items: Iterable[tuple[str, Tensor]]) -> int:
+        """Add contexts as they come; returns how many came."""
+        ...
+
+
 class ContextCache:
     """Contexts of prompts under a frozen text encoder, each computed once and alone.
 
-    One prompt at a time, so that a context's bits never depend on which prompts came with it. Holds
-    at most `limit` prompts; the oldest leave first.
+    One prompt at a time and without autocast, so that a context's bits never depend on which
+    prompts came with it or who asked. Holds at most `limit` prompts; the oldest leave first.
+
+    Args:
+        store: where contexts are looked up before they are computed; it changes no result. Of
+            those that the same text encoder wrote, on the same kind of device.
     """
 
     def __init__(
-        self, tokenizer: PromptTokenizer, text_encoder: CLIPTextModel, limit: int = 4096
+        self,
+        tokenizer: PromptTokenizer,
+        text_encoder: CLIPTextModel,
+        limit: int = 4096,
+        store: ContextStore | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.text_encoder = text_encoder
         self.limit = limit
+        self.store = store
         self.contexts: dict[str, Tensor] = {}
+
+    @cached_property
+    def encoder_digest(self) -> str:
+        """Digest of the text encoder, as it was when first asked for."""
+        return text_encoder_digest(self.text_encoder)
 
     def get(self, prompts: Sequence[str]) -> Tensor:
         """Contexts `[len(prompts), length, width]`."""
         return torch.stack([self._one(prompt) for prompt in prompts])
 
+    def key(self, ids: Tensor) -> str:
+        """What a store calls the context of ids `[length]`."""
+        return digest_of([self.encoder_digest, ids.tolist()])
+
     @torch.no_grad()
+    def compute(self, ids: Tensor) -> Tensor:
+        """Context `[length, width]` of ids `[length]`, looked up nowhere."""
+        device = self.text_encoder.device
+        with torch.autocast(device.type, enabled=False):
+            return encode_ids(self.text_encoder, ids[None].to(device))[0]
+
     def _one(self, prompt: str) -> Tensor:
         if prompt not in self.contexts:
             while len(self.contexts) >= self.limit:
                 self.contexts.pop(next(iter(self.contexts)))
-            ids = self.tokenizer.ids(prompt)[None].to(self.text_encoder.device)
-            self.contexts[prompt] = encode_ids(self.text_encoder, ids)[0]
+            ids = self.tokenizer.ids(prompt)
+            found = None if self.store is None else self.store.read(self.key(ids))
+            if found is None:
+                found = self.compute(ids)
+            self.contexts[prompt] = found.to(self.text_encoder.device, self.text_encoder.dtype)
         return self.contexts[prompt]

@@ -264,6 +264,12 @@ def test_other_shards_are_never_overwritten(folder, tmp_path):
         with pytest.raises(DataError, match=r"shard-00000\d\.tar: already there"):
             write_shards(source, tmp_path / "out", samples_per_shard=size)
         assert contents(tmp_path / "out") == before
+    same_size = tmp_path / "same"
+    shutil.copytree(folder, same_size)
+    (same_size / "fox-1.json").write_text('{"score": 4}')
+    with pytest.raises(DataError, match=r"shard-000000\.tar: already there"):
+        write_shards(same_size, tmp_path / "out", samples_per_shard=4)
+    assert contents(tmp_path / "out") == before
     two = make_folder(tmp_path / "two", 2)
     write_shards(two, tmp_path / "small", samples_per_shard=1)
     (two / "fox-1.png").unlink()
@@ -767,6 +773,23 @@ def test_oversized_members_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("disttrain.data.images.MAX_BYTES", 100)
     with pytest.raises(DataError, match="no sample to index"):
         index_tars([path], tmp_path / "index.json")
+
+
+def test_a_failure_stops_the_reading_of_others(tmp_path, monkeypatch):
+    long = [(f"{n}.png", encoded(noise(8, 8))) for n in range(200)]
+    tars = [tar_of(tmp_path / "a.tar", long), tmp_path / "absent.tar"]
+    looked = []
+    check = tar_samples.check_picture
+
+    def slow(*arguments):
+        looked.append(arguments)
+        time.sleep(0.02)
+        return check(*arguments)
+
+    monkeypatch.setattr(tar_samples, "check_picture", slow)
+    with pytest.raises(DataError, match="absent"):
+        index_tars([tars[1], tars[0]], tmp_path / "index.json", workers=2)
+    assert len(looked) < 50
 
 
 def test_missing_tars_and_nothing_to_index(tmp_path):

@@ -305,6 +305,15 @@ def test_an_index_that_is_cut_or_none_is_not_kept(local, web, tmp_path, options)
         open_source(web.url("absent.json"), options)
 
 
+def test_a_copy_of_an_index_that_goes_bad_leaves(local, web, options):
+    open_source(web.url("index.json"), options)
+    (path,) = (options.shard_folder / "indexes").glob("*.json")
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(DataError, match=r"\d/index\.json: "):
+        open_source(web.url("index.json"), options)
+    assert open_source(web.url("index.json"), options).digest == local.digest
+
+
 def test_a_wrong_shard_is_fetched_twice_then_told(local, web, options):
     remote = open_source(web.url("index.json"), options)
     web.faults[shard(0)] = ["flip"]

@@ -67,8 +67,9 @@ _PILLOW_ERRORS = (
 class Picture:
     """A decoded picture.
 
-    `pixels` is uint8 [H, W, 3] sRGB. `mask` is uint8 [H, W], the alpha channel of a picture that
-    is not opaque everywhere, else None; where it is below 255 the pixels are blended with white.
+    `pixels` is uint8 [H, W, 3] sRGB, not to be written into. `mask` is uint8 [H, W], the alpha
+    channel of a picture that is not opaque everywhere, else None; where it is below 255 the pixels
+    are blended with white.
     """
 
     pixels: np.ndarray
@@ -116,7 +117,7 @@ def decode(
             background.paste(image, mask=alpha)
             image = background
             mask = np.array(_turn(np.asarray(alpha), orientation), order="C")
-    return Picture(np.array(_turn(np.asarray(image), orientation), order="C"), mask)
+    return Picture(np.ascontiguousarray(_turn(np.asarray(image), orientation)), mask)
 
 
 def decode_mask(data: bytes, where: str, max_pixels: int = MAX_PIXELS) -> np.ndarray:
@@ -311,7 +312,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             return _convert_profile(image, profile)
         except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
             pass  # a profile that is damaged or of another colour space: the file's own numbers
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _convert_profile(image: Image.Image, profile: bytes) -> Image.Image:

@@ -14,7 +14,7 @@ from typing import TypedDict
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
 from disttrain.data.buckets import Size
 from disttrain.data.stream import Sample, SampleStream
@@ -189,7 +189,7 @@ class _Reader(Dataset[Rows]):
                 finally:
                     new = stream.damaged.keys() - known
                     damaged += [(number, i, stream.damaged[i]) for i in sorted(new)]
-            content = torch.stack(contents)
+            content = default_collate(contents)  # in a worker, straight into shared memory
         except DataError as error:
             failure, content = str(error), torch.empty(0)
         return Rows(content=content, pictures=pictures, damaged=damaged, failure=failure)

@@ -90,11 +90,13 @@ class ShardSource:
             raise DataError(f"{where}: {size} bytes, the limit is {images.MAX_BYTES}")
         try:
             data = self._read(shard, offset, size)
-            if files.sha256_bytes(data) != digest and self._fetch_anew(shard):
+            whole = files.sha256_bytes(data) == digest
+            if not whole and self._fetch_anew(shard):
                 data = self._read(shard, offset, size)
+                whole = files.sha256_bytes(data) == digest
         except OSError as error:
             raise DataError(f"{where}: {error.strerror or error}") from error
-        if files.sha256_bytes(data) != digest:
+        if not whole:
             raise DataError(
                 f"{where}: damaged (its digest does not fit the index); "
                 "see `disttrain shard --verify`"

@@ -89,11 +89,15 @@ class DecodedPictures:
 
     def content(self, picture: int, size: Size, position: int) -> Tensor:
         """Pixels of the picture, see `Pictures`."""
-        where = f"{self._source.where}: {self._source.records[picture].key}"
         try:
-            pixels = images.decode(self._source.read(picture), where, at_least=size).pixels
+            data = self._source.read(picture)
         except DataError as error:
             raise DamagedPicture(str(error)) from error
+        try:
+            pixels = images.decode(data, "", at_least=size).pixels
+        except DataError as error:  # only now its name, which costs a look into the index
+            where = f"{self._source.where}: {self._source.records[picture].key}"
+            raise DamagedPicture(f"{where}{error}") from error
         draws = randomness.generator(self._seed, self._stream, position).random(3)
         crop = (float(draws[0]), float(draws[1])) if self._crop else (0.5, 0.5)
         flip = bool(self._flip and draws[2] < 0.5)

@@ -26,7 +26,8 @@ def fit(
         flip: mirror left to right after the cut.
 
     Returns:
-        uint8 [height, width, 3] or [height, width], bicubic with antialiasing.
+        uint8 [height, width, 3] or [height, width], bicubic with antialiasing; not to be written
+        into, as it may be a view of `pixels`.
     """
     # Here because those who only look at pictures should not wait for torch. Its resizing gives
     # what Pillow's does to within two steps of 255, several times as fast.
@@ -45,13 +46,13 @@ def fit(
     top = round((source_height - box_height) * crop[0])
     part = pixels[top : top + box_height, left : left + box_width]
     if part.shape[:2] != (height, width):
-        plain = np.require(part, requirements=["C", "W"])
+        plain = np.require(part, requirements=["C", "W"])  # what torch takes without a word
         planes = torch.from_numpy(plain.reshape(box_height, box_width, -1))
         resized = torch.nn.functional.interpolate(
             planes.permute(2, 0, 1)[None], (height, width), mode="bicubic", antialias=True
         )
         part = resized[0].permute(1, 2, 0).numpy().reshape(height, width, *pixels.shape[2:])
-    return np.array(part[:, ::-1] if flip else part, order="C")
+    return np.ascontiguousarray(part[:, ::-1] if flip else part)
 
 
 def reduction(size: tuple[int, int], at_least: tuple[int, int]) -> int:

@@ -102,7 +102,8 @@ class SubjectSettings:
     """File of training prompts, a line each, with [name] and [filewords]; instead of
     instance_prompt. Looked up as a path, then in templates/."""
     class_images: str = ""
-    """Folder of class pictures for prior preservation; drawn ones go to output_dir/.cache."""
+    """Class pictures for prior preservation, given as images are; drawn ones go to
+    output_dir/.cache."""
     class_prompt: str = "a photo of {class_name}"
     """Prompt for class pictures, when training on them and when the base model draws them."""
 

@@ -182,8 +182,7 @@ def _check_subject(config: RunConfig, subject: SubjectSettings, where: str) -> N
         _refuse(
             f"{where}.name", f"{subject.name!r} is no file name; use letters, digits, dot, dash"
         )
-    local = "://" not in subject.images  # others are looked for when the run opens
-    if local and not os.path.exists(subject.images):
+    if not _may_exist(subject.images):
         _refuse(f"{where}.images", f"{subject.images} does not exist; give a folder of pictures")
     finetune = isinstance(config.method, FinetuneSettings)
     if subject.token != subject.token.strip() or not (subject.token or finetune):
@@ -209,8 +208,13 @@ def _check_subject(config: RunConfig, subject: SubjectSettings, where: str) -> N
                 if isinstance(config.method, PriorSettings)
                 else f"{config.method.name} has no prior preservation; remove it",
             )
-        if not os.path.isdir(subject.class_images):
-            _refuse(f"{where}.class_images", f"{subject.class_images} is not a folder")
+        if not _may_exist(subject.class_images):
+            _refuse(f"{where}.class_images", f"{subject.class_images} does not exist")
+
+
+def _may_exist(place: str) -> bool:
+    """Whether pictures may be there; URLs are looked at when the run opens."""
+    return "://" in place or os.path.exists(place)
 
 
 def _check_prompt_fields(subject: SubjectSettings, config: RunConfig, where: str) -> None:

@@ -125,7 +125,7 @@ REFUSED: list[tuple[str, list[str], str, str]] = [
         DREAMBOOTH,
         ["subjects.0.class_images=nowhere"],
         "subjects.0.class_images",
-        "nowhere is not a folder",
+        "nowhere does not exist",
     ),
     (
         LORA,

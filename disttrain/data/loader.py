@@ -7,7 +7,10 @@ moment, and the state of the data is one cursor.
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypedDict
@@ -148,7 +151,7 @@ class SampleLoader:
             num_workers=self.workers,
             pin_memory=self.pin,
             timeout=STALL_SECONDS,
-            worker_init_fn=_quiet_signals,
+            worker_init_fn=_begin_work,
             multiprocessing_context=context,
             prefetch_factor=PREFETCHED,
         )
@@ -204,7 +207,16 @@ class _Reader(Dataset[Rows]):
                 number += 1
 
 
-def _quiet_signals(_: int) -> None:
+def _begin_work(_: int) -> None:
     """Signals go to every process of a job; the trainer alone decides when workers end."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_trainer, daemon=True).start()
+
+
+def _end_with_trainer() -> None:
+    """End when the trainer was killed. Torch looks at the wrong parent: the server that forks."""
+    trainer = multiprocessing.parent_process()
+    assert trainer is not None
+    trainer.join()
+    os._exit(1)

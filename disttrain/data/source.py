@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from disttrain.config import RunConfig
 from disttrain.data.folder import FolderSource, list_folder
 from disttrain.data.samples import (
     DEFAULT_OPTIONS,
@@ -29,9 +30,21 @@ __all__ = [
     "SourceOptions",
     "allowance",
     "open_source",
+    "source_options",
 ]
 
 INDEX_NAME = "index.json"
+
+
+def source_options(config: RunConfig) -> SourceOptions:
+    """How a config wants pictures to be opened."""
+    data = config.data
+    return SourceOptions(
+        max_damaged=data.max_damaged,
+        caption_column=config.captions.column,
+        shard_folder=config.cache_folder / "remote",
+        shard_bytes=int(data.shard_cache_gb * 10**9),
+    )
 
 
 def open_source(where: str | Path, options: SourceOptions = DEFAULT_OPTIONS) -> Source:

@@ -14,7 +14,7 @@ import torch
 
 from disttrain.config import RunConfig, SubjectSettings
 from disttrain.data.images import encode_png
-from disttrain.data.source import Source, open_source
+from disttrain.data.source import Source, open_source, source_options
 from disttrain.engine.distributed import Mesh
 from disttrain.engine.progress import Progress
 from disttrain.errors import DataError
@@ -34,7 +34,9 @@ def given_class_images(config: RunConfig, subject: SubjectSettings) -> Source | 
     Raises:
         DataError: the folder holds no picture, or one that cannot be read.
     """
-    return open_source(subject.class_images) if subject.class_images else None
+    if not subject.class_images:
+        return None
+    return open_source(subject.class_images, source_options(config))
 
 
 def class_image_folder(

@@ -14,7 +14,7 @@ from disttrain.config import RunConfig, SubjectSettings
 from disttrain.data.bucket_order import BucketOrder
 from disttrain.data.buckets import Size, assign, bucket_sizes
 from disttrain.data.order import LARGE_SET, Order, SampleOrder
-from disttrain.data.source import Source, SourceOptions, allowance, open_source
+from disttrain.data.source import Source, allowance, open_source, source_options
 from disttrain.engine.class_images import given_class_images
 from disttrain.engine.progress import Progress, join_names
 from disttrain.prompts import PromptPlan, prompt_plan, words_of_stem
@@ -67,17 +67,6 @@ def drops_tail(config: RunConfig, count: int) -> bool:
     """Whether an epoch leaves out what does not fill its last step."""
     policy = config.data.epoch_end
     return policy == "drop" or (policy == "auto" and count >= LARGE_SET)
-
-
-def source_options(config: RunConfig) -> SourceOptions:
-    """How the config wants pictures to be opened."""
-    data = config.data
-    return SourceOptions(
-        max_damaged=data.max_damaged,
-        caption_column=config.captions.column,
-        shard_folder=config.cache_folder / "remote",
-        shard_bytes=int(data.shard_cache_gb * 10**9),
-    )
 
 
 def open_subject(config: RunConfig, subject: SubjectSettings, progress: Progress) -> SubjectData:

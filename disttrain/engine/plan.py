@@ -5,10 +5,9 @@ from __future__ import annotations
 import os
 
 from disttrain.config import RunConfig
-from disttrain.data.source import open_source
+from disttrain.data.source import open_source, source_options
 from disttrain.engine.batch_size import settle_batch
 from disttrain.engine.optim import describe_learning_rate
-from disttrain.engine.pictures import source_options
 from disttrain.engine.run_folder import RunFolder, check_same_run
 from disttrain.prompts import prompt_plan
 

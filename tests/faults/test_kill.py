@@ -79,6 +79,39 @@ def test_sigkill_between_checkpoints_changes_nothing(method: str, tmp_path: Path
     assert not list(tmp_path.rglob(".*.tmp"))
 
 
+def data_config(folder: Path) -> Path:
+    """Pictures decoded by two processes, in buckets, with an average: all that data can do."""
+    tree = small_config("lora", folder, max_steps=STEPS, checkpoint_every=8)
+    tree["method"] = {"name": "finetune"}
+    tree["data"] |= {
+        "batch_size": 2,
+        "cache_latents": False,
+        "num_workers": 2,
+        "aspect_ratio_buckets": True,
+        "bucket_step": 16,
+    }
+    tree["captions"] = {"dropout": 0.2}
+    tree["optim"]["ema_decay"] = 0.9
+    return write_config(tree, folder / "config.yaml")
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_run_with_workers_ends_as_if_it_had_not_stopped(tmp_path: Path, number: int) -> None:
+    whole = disttrain("train", data_config(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    config = data_config(tmp_path / "stopped")
+    run = tmp_path / "stopped/lora"
+    process = start(config)
+    signal_at_step(process, run, 13, number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (75 if number == signal.SIGTERM else -number), errors
+    assert "Traceback" not in errors
+    assert list_checkpoints(run / "checkpoints")[-1].name != f"step-{STEPS:08d}"
+    assert disttrain("train", config).returncode == 0
+    end, expected = digests(run), digests(tmp_path / "whole/lora")
+    assert {name: end[name] for name in expected} == expected
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_exits_and_the_run_goes_on(tmp_path: Path, number: int) -> None:
     whole = disttrain("train", long_config("textual_inversion", tmp_path / "whole"))

@@ -1,9 +1,9 @@
 # Two commands matter: `make demo` (first results in minutes) and `make test`.
 PYTHON ?= python3.11
 BIN := .venv/bin
-SOURCES := disttrain tests examples docs
+SOURCES := disttrain tests examples docs benchmarks
 
-.PHONY: install demo test test-all check format clean
+.PHONY: install demo test test-all benchmark-data check format clean
 
 install: .venv/installed
 
@@ -22,6 +22,11 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest
+
+# About five minutes on a machine with nothing else to do.
+benchmark-data: install
+	$(BIN)/python benchmarks/order.py
+	$(BIN)/python benchmarks/data.py --output benchmarks/results/data.json
 
 check: install
 	$(BIN)/ruff format --check $(SOURCES)

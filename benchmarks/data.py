@@ -5,8 +5,8 @@
 
 Every figure is taken in a process of its own, all of them in turns, several rounds; what is printed
 is the median and, against other loaders, the median of each round's ratio. The same pictures, the
-same windows, uint8 batches at the end: only who brings them differs. "webdataset" and "folder" resize
-with Pillow, as their users do; "webdataset_fit" calls our resizing from webdataset's pipeline.
+same windows, uint8 batches at the end: only who brings them differs. "webdataset" and "folder"
+resize with Pillow, as their users do; "webdataset_fit" calls our resizing from its pipeline.
 Start-up is not counted: a clock starts when the first batches are there.
 """
 

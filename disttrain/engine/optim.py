@@ -30,7 +30,7 @@ def learning_rate_factor(
 
 
 def describe_learning_rate(config: RunConfig, data_parallel: int) -> dict[str, Any]:
-    """The derivation of the learning rate, for the terminal and `environment.json`."""
+    """The derivation of step and learning rate, for the terminal and `environment.json`."""
     batch, accumulation = config.data.batch_size, config.train.gradient_accumulation_steps
     factor = learning_rate_factor(config.optim.scale_lr, data_parallel, batch, accumulation)
     rule = config.optim.scale_lr
@@ -38,6 +38,7 @@ def describe_learning_rate(config: RunConfig, data_parallel: int) -> dict[str, A
     parts = f"{data_parallel} {many} x {batch} batch x {accumulation} accumulation"
     how = {"linear": parts, "sqrt": f"sqrt({parts})", "none": "1 (scale_lr: none)"}[rule]
     rate = config.optim.learning_rate * factor
+    pictures = data_parallel * batch * accumulation
     return {
         "base": config.optim.learning_rate,
         "rule": rule,
@@ -47,6 +48,7 @@ def describe_learning_rate(config: RunConfig, data_parallel: int) -> dict[str, A
         "factor": factor,
         "learning_rate": rate,
         "text": f"learning rate {rate:g} = {config.optim.learning_rate:g} x {how}",
+        "step": f"optimizer step of {pictures} pictures = {parts}",
     }
 
 

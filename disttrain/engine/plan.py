@@ -28,7 +28,9 @@ def print_plan(config: RunConfig) -> None:
     else:
         print(f"run folder  {folder.path} (new)")
     print(f"method      {config.method.name} on {config.base_model}")
-    print(f"            {describe_learning_rate(config, world)['text']}")
+    rate = describe_learning_rate(config, world)
+    print(f"            {rate['step']}")
+    print(f"            {rate['text']}")
     train = config.train
     per_step = config.data.batch_size * train.gradient_accumulation_steps * world
     for subject in config.subjects:

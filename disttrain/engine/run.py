@@ -258,4 +258,5 @@ def _describe(run: Run) -> None:
     if config.train.trackers:
         mesh.start_trackers(config.name, config.folder, schema.flatten(schema.to_mapping(config)))
     run.progress.say(f"run folder {run.folder.path}")
+    run.progress.say(rate["step"])
     run.progress.say(rate["text"])

@@ -113,9 +113,9 @@ def batches_of_ours(folder: Path, options: argparse.Namespace, kind: str) -> Ite
     share = Share(options.batch, 1, 0, 1)
     loader = SampleLoader([[stream]], share, ahead)
     if workers == "memory":  # the first epoch reads from disk and keeps
-        for turn, _ in zip(share.turns((0, 0)), range(count // options.batch + 1), strict=False):
+        for turn, _ in zip(share.turns(((0,), 0)), range(count // options.batch + 1), strict=False):
             loader.rows(turn)
-    for turn in share.turns((0, 0)):
+    for turn in share.turns(((0,), 0)):
         yield len(loader.rows(turn)[1])
 
 

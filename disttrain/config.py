@@ -214,6 +214,11 @@ class OptimSettings:
     """Decay of an exponential moving average of the trained weights, such as 0.9999; results and
     previews are then made from the average. 0: no average."""
 
+    def rate_of(self, part: str) -> float:
+        """Base learning rate of a part of the model, such as "text_encoder"."""
+        own = self.text_encoder_learning_rate if part == "text_encoder" else None
+        return own or self.learning_rate
+
 
 @dataclass(frozen=True)
 class TrainSettings:

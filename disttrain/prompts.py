@@ -40,6 +40,7 @@ USUAL_TEMPLATE = "subject.txt"
 FINETUNE_PROMPT = "{caption}"
 NAME_PLACES = ("[name]", "{token}")
 CAPTION_PLACES = ("[filewords]", "{caption}")
+_CAPTION = re.compile("|".join(map(re.escape, CAPTION_PLACES)))
 AS_IT_IS = CaptionSettings()
 """Captions that are used unchanged."""
 
@@ -91,7 +92,8 @@ class PromptPlan:
 
     def fill(self, line: str, caption: str = "") -> str:
         """`line` with its words in place; the caption goes first, so it may hold `[name]` too."""
-        text = line.replace("{caption}", caption).replace("[filewords]", caption)
+        # In one pass: a caption that holds "[filewords]" must not be put into itself.
+        text = _CAPTION.sub(lambda _: caption, line)
         text = text.replace("{token}", self.token).replace("{class_name}", self.class_name)
         return text.replace("[name]", self.name)
 

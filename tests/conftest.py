@@ -106,6 +106,15 @@ def train_here(tree: dict[str, Any], fresh: bool = False) -> Path:
     return config.folder
 
 
+def checkpoints(run: Path, subject: str = "") -> list[Path]:
+    """Checkpoints of a subject of a run, or of its only one, oldest first."""
+    from disttrain.engine.checkpoint import list_checkpoints
+
+    folders = [run / "subjects" / subject] if subject else list((run / "subjects").iterdir())
+    assert len(folders) == 1
+    return list_checkpoints(folders[0] / "checkpoints")
+
+
 def forget_accelerate() -> None:
     """Accelerate keeps one state per process; a test needs a new one."""
     from accelerate.state import AcceleratorState, GradientState

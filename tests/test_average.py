@@ -15,7 +15,7 @@ def test_values_follow_the_formula() -> None:
     for step in range(1, 20):
         with torch.no_grad():
             weight.add_(step)
-        average.update(step)
+        average.update([step])
         decay = min(0.5, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * weight.detach()
         assert torch.allclose(average.values["w"], expected, rtol=1e-6)
@@ -26,7 +26,7 @@ def test_applied_shows_the_average_and_puts_everything_back() -> None:
     average = WeightAverage({"w": weight}, 0.9)
     with torch.no_grad():
         weight.mul_(10)
-    average.update(1)
+    average.update([1])
     before, mean = weight.detach().clone(), average.values["w"].clone()
     assert not torch.equal(before, mean)
     with average.applied():

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ROOT, disttrain, small_config, train_here, write_config
+from conftest import ROOT, checkpoints, disttrain, small_config, train_here, write_config
 
 from disttrain.data.shards import write_shards
-from disttrain.engine.checkpoint import list_checkpoints, read_checkpoint
+from disttrain.engine.checkpoint import read_checkpoint
 from disttrain.errors import DataError
 from disttrain.files import read_tensors
 
@@ -38,7 +38,7 @@ def losses(run: Path) -> list[float]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return read_tensors(list_checkpoints(run / "checkpoints")[-1] / "trainables.safetensors")
+    return read_tensors(checkpoints(run)[-1] / "trainables.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_result_is_the_average_as_a_whole_model(run: Path) -> None:
     from disttrain.models.base import load_base
 
-    checkpoint = read_checkpoint(list_checkpoints(run / "checkpoints")[-1])
+    checkpoint = read_checkpoint(checkpoints(run)[-1])
     assert checkpoint.average.keys() == checkpoint.trainables.keys()
     result = load_base(str(run / "subjects/dolphin/model"))
     start = load_base("tiny")
@@ -71,9 +71,7 @@ def test_the_result_is_the_average_as_a_whole_model(run: Path) -> None:
 def test_an_average_goes_on_from_its_checkpoint(run: Path, tmp_path: Path) -> None:
     train_here(finetune(tmp_path, max_steps=3))
     again = train_here(finetune(tmp_path))
-    left, right = (
-        read_checkpoint(list_checkpoints(path / "checkpoints")[-1]) for path in (run, again)
-    )
+    left, right = (read_checkpoint(checkpoints(path)[-1]) for path in (run, again))
     assert all(torch.equal(left.average[name], right.average[name]) for name in left.average)
     assert all(torch.equal(left.trainables[n], right.trainables[n]) for n in left.trainables)
 
@@ -81,7 +79,7 @@ def test_an_average_goes_on_from_its_checkpoint(run: Path, tmp_path: Path) -> No
 def test_no_average_unless_asked_for(tmp_path: Path) -> None:
     tree = finetune(tmp_path, max_steps=1)
     del tree["optim"]["ema_decay"]
-    checkpoint = read_checkpoint(list_checkpoints(train_here(tree) / "checkpoints")[-1])
+    checkpoint = read_checkpoint(checkpoints(train_here(tree))[-1])
     assert checkpoint.average == {}
 
 

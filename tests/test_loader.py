@@ -74,7 +74,7 @@ def read(loader: SampleLoader, first: Turn, steps: int) -> dict[int, tuple[int, 
 @pytest.mark.parametrize("buckets", [False, True])
 def test_one_sequence_on_every_world(shards: dict[int, Path], number: int, buckets: bool) -> None:
     """Worlds 1 to 5 with 0 and 2 workers: the same samples, each once an epoch, equal steps."""
-    alone = read(loader_of(shards[number], Share(60, 1, 0, 1), buckets=buckets), (0, 0), 4)
+    alone = read(loader_of(shards[number], Share(60, 1, 0, 1), buckets=buckets), ((0,), 0), 4)
     assert sorted(alone) == list(range(240))
     if not buckets:
         assert set(Counter(picture for picture, _ in list(alone.values())[:130]).values()) == {1}
@@ -83,7 +83,9 @@ def test_one_sequence_on_every_world(shards: dict[int, Path], number: int, bucke
             together: dict[int, tuple[int, bytes]] = {}
             for rank in range(world):
                 share = Share(60 // world, 1, rank, world)
-                mine = read(loader_of(shards[number], share, workers, buckets=buckets), (0, 0), 4)
+                mine = read(
+                    loader_of(shards[number], share, workers, buckets=buckets), ((0,), 0), 4
+                )
                 assert len(mine) == 240 // world
                 assert not mine.keys() & together.keys()
                 together |= mine
@@ -97,28 +99,28 @@ def test_an_interruption_changes_nothing(
 ) -> None:
     steps = 2 * 130 // GLOBAL_BATCH + 2
     share = share_of(1, 0, accumulation)
-    straight = read(loader_of(shards[7], share, workers), (0, 0), steps)
+    straight = read(loader_of(shards[7], share, workers), ((0,), 0), steps)
     epoch_end = 130 // GLOBAL_BATCH
     for step in (0, 1, 5, epoch_end, epoch_end + 1):
-        rest = read(loader_of(shards[7], share, workers), (step * GLOBAL_BATCH, 0), steps - step)
+        rest = read(loader_of(shards[7], share, workers), ((step * GLOBAL_BATCH,), 0), steps - step)
         assert rest == {p: s for p, s in straight.items() if p >= step * GLOBAL_BATCH}
 
 
 def test_going_on_with_another_world_is_the_same_sequence(shards: dict[int, Path]) -> None:
-    straight = read(loader_of(shards[7], share_of(1, 0)), (0, 0), 8)
-    begun = [read(loader_of(shards[7], share_of(4, r)), (0, 0), 3) for r in range(4)]
+    straight = read(loader_of(shards[7], share_of(1, 0)), ((0,), 0), 8)
+    begun = [read(loader_of(shards[7], share_of(4, r)), ((0,), 0), 3) for r in range(4)]
     before = {place: sample for part in begun for place, sample in part.items()}
     for world, accumulation in [(2, 2), (1, 4), (3, 1), (3, 2), (1, 1)]:
         rest: dict[int, tuple[int, bytes]] = {}
         for rank in range(world):
             share = share_of(world, rank, accumulation)
-            rest |= read(loader_of(shards[7], share), (36, 0), 5)
+            rest |= read(loader_of(shards[7], share), ((36,), 0), 5)
         assert before | rest == straight
 
 
 def test_dropping_the_tail_keeps_steps_within_an_epoch(shards: dict[int, Path]) -> None:
     loader = loader_of(shards[7], share_of(1, 0), drop=True)
-    found = read(loader, (0, 0), 20)
+    found = read(loader, ((0,), 0), 20)
     assert loader.streams[0].order.length == 120
     for start in (0, 120):
         epoch = [found[place][0] for place in range(start, start + 120)]
@@ -132,17 +134,17 @@ def test_fewer_pictures_than_ranks(tmp_path: Path) -> None:
         seen: Counter[int] = Counter()
         for rank in range(5):
             share = Share(1, 1, rank, 5)
-            found = read(loader_of(index, share, drop=drop), (0, 0), 3)
+            found = read(loader_of(index, share, drop=drop), ((0,), 0), 3)
             seen.update(picture for picture, _ in found.values())
         assert seen == {0: 5, 1: 5, 2: 5}
 
 
 def test_asking_out_of_turn_gives_what_was_asked_for(shards: dict[int, Path]) -> None:
     share = share_of(1, 0)
-    straight = read(loader_of(shards[7], share), (0, 0), 6)
+    straight = read(loader_of(shards[7], share), ((0,), 0), 6)
     loader = loader_of(shards[7], share, workers=2)
     for cursor in (0, 12, 48, 12, 24):
-        rows, _ = loader.rows((cursor, 0))
+        rows, _ = loader.rows(((cursor,), 0))
         assert [s.picture for _, s in rows] == [straight[cursor + i][0] for i in range(12)]
     loader.close()
 
@@ -172,7 +174,7 @@ def test_damaged_pictures_are_passed_over_and_named(
     bad = [4, 77]
     (tmp_path / "damaged").mkdir()
     index = damaged_copy(packed, tmp_path / "damaged", bad)
-    whole = read(loader_of(packed, Share(13, 1, 0, 1)), (0, 0), 20)
+    whole = read(loader_of(packed, Share(13, 1, 0, 1)), ((0,), 0), 20)
     sequences = []
     for world in (1, 2):
         found: dict[int, tuple[int, bytes]] = {}
@@ -181,7 +183,7 @@ def test_damaged_pictures_are_passed_over_and_named(
             said: list[str] = []
             share = Share(26 // world, 1, rank, world)
             loader = SampleLoader([[stream]], share, workers, warn=said.append)
-            found |= read(loader, (0, 0), 10)
+            found |= read(loader, ((0,), 0), 10)
             assert set(stream.damaged) <= set(bad)
             assert len(said) == len(stream.damaged)
             assert all("damaged" in line and "passed over" in line for line in said)
@@ -204,7 +206,7 @@ def test_too_many_damaged_pictures_end_the_run_with_a_list(
     stream = stream_of(open_source(index), 26, allowed=2)
     loader = SampleLoader([[stream]], Share(26, 1, 0, 1), workers)
     with pytest.raises(DataError, match="3 of 130 pictures of fox are damaged, 2 may be"):
-        read(loader, (0, 0), 10)
+        read(loader, ((0,), 0), 10)
     loader.close()
 
 
@@ -214,17 +216,17 @@ def test_a_missing_shard_ends_the_run_soon(packed: Path) -> None:
     stream = stream_of(index, 26, allowed=1)
     started = time.monotonic()
     with pytest.raises(DataError, match="No such file"):
-        read(SampleLoader([[stream]], Share(26, 1, 0, 1), 2), (0, 0), 1)
+        read(SampleLoader([[stream]], Share(26, 1, 0, 1), 2), ((0,), 0), 1)
     assert time.monotonic() - started < 20
 
 
 def test_a_worker_that_dies_is_noticed(shards: dict[int, Path]) -> None:
     loader = loader_of(shards[7], share_of(1, 0), workers=2)
-    loader.rows((0, 0))
+    loader.rows(((0,), 0))
     processes = torch.multiprocessing.active_children()
     assert processes
     for process in processes:
         process.kill()
     with pytest.raises(DataError, match="decoding ahead failed"):
-        read(loader, (12, 0), 20)
+        read(loader, ((12,), 0), 20)
     loader.close()

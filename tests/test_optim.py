@@ -21,7 +21,7 @@ from disttrain.engine.optim import (
     learning_rate_factor,
     make_optimizer,
     schedule_factor,
-    set_learning_rates,
+    set_rates,
 )
 from disttrain.methods.base import ParameterGroup
 
@@ -120,17 +120,28 @@ def config_with(method: str = "lora", **optim: Any) -> RunConfig:
     ],
 )
 def test_the_configured_optimizer(method: str, kind: type, decay: float) -> None:
-    config = config_with(method, adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6)
+    given = {"adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-6}
+    own = {} if method == "textual_inversion" else {"text_encoder_learning_rate": 1e-5}
+    config = config_with(method, **given, **own)
+    rate = config.optim.learning_rate
+    text_rate = 1e-5 if own else rate
+    slower = config_with(method, learning_rate=1e-4, weight_decay=0.3)
     groups = [
-        ParameterGroup("a", 1e-3, {"x": nn.Parameter(torch.zeros(1, 2))}),
-        ParameterGroup("b", 1e-5, {"y": nn.Parameter(torch.zeros(1, 2))}),
+        ParameterGroup("unet", {"x": nn.Parameter(torch.zeros(2, 2))}),
+        ParameterGroup("text_encoder", {"y": nn.Parameter(torch.zeros(2, 2))}),
     ]
     optimizer = make_optimizer(config, groups)
     assert type(optimizer) is kind
-    set_learning_rates(optimizer, 4.0)
-    assert [group["lr"] for group in optimizer.param_groups] == [4e-3, 4e-5]
-    set_learning_rates(optimizer, 0.5)
-    assert [group["lr"] for group in optimizer.param_groups] == [5e-4, 5e-6]
+    members = [config] if kind is torch.optim.AdamW else [config, slower]
+    set_rates(optimizer, members, [4.0, 0.5][: len(members)])
+    first, second = optimizer.param_groups
+    if kind is torch.optim.AdamW:
+        assert (first["lr"], second["lr"]) == (4 * rate, 4 * text_rate)
+        assert first["weight_decay"] == decay
+    else:
+        assert first["lr"].tolist() == pytest.approx([4 * rate, 0.5 * 1e-4])
+        assert second["lr"].tolist() == pytest.approx([4 * text_rate, 0.5 * 1e-4])
+        assert first["weight_decay"].tolist() == [decay, 0.3]
     for group in optimizer.param_groups:
         assert (group["betas"], group["eps"]) == ((0.8, 0.9), 1e-6)
         assert group["weight_decay"] == decay
@@ -208,7 +219,7 @@ def test_norms_and_clipping_are_torchs_for_each_subject(
         expected.append((norm, [mine.grad for mine in own]))
     norms = gradient_norms([*parameters, unused], packed=True)
     assert norms.shape == (subjects,)
-    clip_gradients([*parameters, unused], norms, limit)
+    clip_gradients([*parameters, unused], norms, [limit] * len(norms))
     assert unused.grad is None
     for s, (norm, gradients) in enumerate(expected):
         assert close(norms[s], norm)
@@ -231,7 +242,7 @@ def test_unpacked_norm_is_one_over_everything(source: torch.Generator) -> None:
     norms = gradient_norms(parameters, packed=False)
     assert norms.shape == (1,)
     assert norms[0] == pytest.approx(float(expected), rel=1e-6)
-    clip_gradients(parameters, norms, 0.1)
+    clip_gradients(parameters, norms, [0.1] * len(norms))
     for twin, parameter in zip(twins, parameters, strict=True):
         torch.testing.assert_close(parameter.grad, twin.grad)
 

@@ -8,10 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import METHODS, disttrain, small_config, train_here, write_config
+from conftest import METHODS, checkpoints, disttrain, small_config, train_here, write_config
 from PIL import Image
 
-from disttrain.engine.checkpoint import list_checkpoints
 from disttrain.errors import ConfigError, DataError, ModelError, TrainingFailed, UserError
 from disttrain.files import read_tensors, sha256_file
 from disttrain.models.base import load_base
@@ -19,7 +18,7 @@ from disttrain.models.base import load_base
 
 def final_tensors(run: Path) -> dict[str, torch.Tensor]:
     """The trainables of a run's newest checkpoint."""
-    return read_tensors(list_checkpoints(run / "checkpoints")[-1] / "trainables.safetensors")
+    return read_tensors(checkpoints(run)[-1] / "trainables.safetensors")
 
 
 def same_bits(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
@@ -33,7 +32,7 @@ def test_run_folder_holds_what_the_documentation_says(
     trained: dict[str, Path], method: str
 ) -> None:
     run = trained[method]
-    names = {path.name for path in list_checkpoints(run / "checkpoints")}
+    names = {path.name for path in checkpoints(run)}
     assert names == {"step-00000003", "step-00000006"}
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -61,13 +60,13 @@ def test_previews_change_nothing_and_same_seed_gives_the_same_file(
 ) -> None:
     run = train_here(small_config(method, tmp_path))
     assert same_bits(final_tensors(run), final_tensors(trained[method]))
-    one, two = (list_checkpoints(r / "checkpoints")[-1] for r in (run, trained[method]))
+    one, two = (checkpoints(r)[-1] for r in (run, trained[method]))
     for name in ("trainables.safetensors", "optimizer.safetensors"):
         assert sha256_file(one / name) == sha256_file(two / name)
 
 
 def test_textual_inversion_changes_its_rows_only(tmp_path: Path, trained: dict[str, Path]) -> None:
-    checkpoint = list_checkpoints(trained["textual_inversion"] / "checkpoints")[-1]
+    checkpoint = checkpoints(trained["textual_inversion"])[-1]
     tensors = read_tensors(checkpoint / "trainables.safetensors")
     assert {name: tuple(t.shape) for name, t in tensors.items()} == {"tokens": (1, 2, 64)}
     optimizer = read_tensors(checkpoint / "optimizer.safetensors")
@@ -78,7 +77,7 @@ def test_textual_inversion_changes_its_rows_only(tmp_path: Path, trained: dict[s
     config = parse_config(small_config("textual_inversion", tmp_path))
     base = load_base("tiny")
     before = base.text_encoder.get_input_embeddings().weight.clone()
-    method = TextualInversion(base, config, config.subjects)
+    method = TextualInversion(base, [config])
     ids = method.tokenizer.ids("a <fox> here", "<fox>")[None]
     base.text_encoder(input_ids=ids).last_hidden_state.sum().backward()
     assert method.embedding.rows.grad is not None
@@ -130,7 +129,7 @@ def test_changed_pictures_are_refused_by_name(tmp_path: Path) -> None:
     train_here(tree)
     Image.new("RGB", (64, 64), (0, 200, 0)).save(pictures / "1.png")
     tree["train"]["max_steps"] = 4
-    with pytest.raises(UserError, match="the pictures of fox changed"):
+    with pytest.raises(UserError, match="fox: its pictures changed"):
         train_here(tree)
 
 
@@ -155,7 +154,7 @@ def test_not_finite_loss_stops_before_the_weights_change(tmp_path: Path) -> None
     finally:
         patch.undo()
     assert caught.value.exit_code == 3
-    newest = list_checkpoints(tmp_path / "lora/checkpoints")[-1]
+    newest = checkpoints(tmp_path / "lora")[-1]
     assert newest.name == "step-00000004"
     run = train_here(tree)
     assert same_bits(
@@ -182,12 +181,13 @@ def test_packed_subjects_end_as_each_alone(tmp_path: Path) -> None:
     second = {**tree["subjects"][0], "name": "penguin", "token": "olis"}
     second["images"] = str(Path("examples/subjects/penguin"))
     both = {**tree, "name": "both", "subjects": [tree["subjects"][0], second]}
-    packed = final_tensors(train_here(both))
-    for slot, subject in enumerate(both["subjects"]):
+    run = train_here(both)
+    for subject in both["subjects"]:
+        packed = read_tensors(checkpoints(run, subject["name"])[-1] / "trainables.safetensors")
         alone = {**tree, "name": subject["name"], "subjects": [subject]}
         solo = final_tensors(train_here(alone))
         for name, tensor in solo.items():
-            close = torch.allclose(packed[name][slot], tensor[0], rtol=1e-4, atol=1e-5)
+            close = torch.allclose(packed[name], tensor, rtol=1e-4, atol=1e-5)
             assert close, f"{subject['name']} {name}"
 
 

@@ -17,11 +17,11 @@ import numpy as np
 
 from disttrain import files
 from disttrain.data import images, metadata
-from disttrain.data.plain_files import decode_text, read_bounded
+from disttrain.data.plain_files import decode_text, fits_a_line, read_bounded
 from disttrain.data.samples import SampleRecord, SourceOptions, allowance
 from disttrain.errors import DataError
 
-CAPTION_LIMIT = 2**20
+CAPTION_LIMIT = 2**16  # bytes; a text encoder looks at a few hundred, but all are cut into tokens
 DECODED_AT_OPENING = 300
 """Folders of up to so many pictures are decoded once when opened, larger ones by header only."""
 _MASK_SUFFIX = ".mask.png"
@@ -227,23 +227,26 @@ def refuse_other_size(mask: tuple[int, int] | None, picture: tuple[int, int], wh
 
 
 def _entries(folder: Path) -> list[tuple[str, bool]]:
-    """Names directly in `folder` that are not hidden, sorted, and whether each is a file.
-
-    A link that leads nowhere counts as one: opening it will say so.
-    """
+    """Names directly in `folder` that are not hidden, sorted, and whether each is a file."""
     try:
         with os.scandir(folder) as entries:
             shown = [entry for entry in entries if not entry.name.startswith(".")]
-            found = [
-                (entry.name, entry.is_file() or (entry.is_symlink() and not entry.is_dir()))
-                for entry in shown
-            ]
+            found = [(entry.name, _is_file(entry)) for entry in shown]
     except OSError as error:
         raise DataError(f"{folder}: {error.strerror or error}") from error
     for name, _ in found:
-        if not name.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in name):
-            raise DataError(f"{folder}: the file name {name!a} is not UTF-8; rename it")
+        if not fits_a_line(name):
+            what = "has control characters or is not UTF-8"
+            raise DataError(f"{folder}: the file name {name!a} {what}; rename it")
     return sorted(found)
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    """Whether it is no folder; a link that leads nowhere is none: opening it will say so."""
+    try:
+        return entry.is_file() or (entry.is_symlink() and not entry.is_dir())
+    except OSError:  # a link to itself
+        return True
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:

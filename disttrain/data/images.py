@@ -9,6 +9,7 @@ can be made to take quadratic time, the other brings a large native decoder for 
 from __future__ import annotations
 
 import io
+import re
 import struct
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -42,6 +43,8 @@ MAX_BYTES = 128 * 2**20  # encoded; a 50 megapixel photo as PNG stays below
 LABEL_HEIGHT = 18  # pixels of a text line in `tile`
 
 _MAX_PROFILE_BYTES = 4 * 2**20
+_MAX_SCANNED = 2 * 10**9  # pixels times scans of a JPEG, of which a few bytes go over all pixels
+_SCAN, _MARKER = b"\xff\xda", re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _ORIENTATION_TAG = 0x0112
 _NO_TEXT: Mapping[str, str] = MappingProxyType({})
 # What Pillow and its decoders were seen to raise on damaged files.
@@ -248,7 +251,20 @@ def _open(data: bytes, where: str, max_pixels: int) -> Image.Image:
         )
     if image.format == "BMP" and any(tile[0] == "bmp_rle" for tile in getattr(image, "tile", ())):
         raise DataError(f"{where}: run-length encoded BMP is not read; save it as PNG")
+    most = _MAX_SCANNED // (width * height)
+    if image.format in ("JPEG", "MPO") and data.count(_SCAN) > most and _scans(data) > most:
+        raise DataError(f"{where}: a JPEG of over {most} scans is not read; save it anew")
     return image
+
+
+def _scans(data: bytes) -> int:
+    """How many scans a JPEG holds up to its end; previews within its metadata do not count."""
+    count, place = 0, 2
+    while (found := _MARKER.search(data, place)) and found[0] != b"\xff\xd9":
+        count += found[0] == _SCAN
+        place = found.end()
+        place += int.from_bytes(data[place : place + 2], "big") if found[0] != b"\xff\x01" else 0
+    return count
 
 
 def _orientation(image: Image.Image, data: bytes) -> int:

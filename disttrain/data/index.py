@@ -38,6 +38,7 @@ import numpy as np
 
 from disttrain import files
 from disttrain.data import storage
+from disttrain.data.plain_files import fits_a_line
 from disttrain.errors import DataError
 
 VERSION = 1
@@ -47,6 +48,7 @@ _MIDDLE = b'],"samples":[\n'
 _TAIL = b'],"version":%d}\n' % VERSION
 _HEAD_LIMIT = 2**28
 _SIDE_LIMIT = 10**9
+_BYTES_LIMIT = 2**62
 _DIGEST = re.compile("[0-9a-f]{64}")
 # Within a JSON string the quotes would be escaped, so no caption or key can hold these.
 _HEIGHT, _WIDTH = re.compile(rb'"height":(\d{1,9})[,}]'), re.compile(rb'"width":(\d{1,9})[,}]')
@@ -144,6 +146,7 @@ class ShardIndex:
         if self._blocks[-1] - 1 + len(_TAIL) != self._bytes:
             raise self._damage("its length does not fit")
         self._lines: dict[int, np.ndarray] = {}
+        self._state = self._present_state()
         self.digest = files.digest_of(
             [[s.sha256, s.bytes, s.samples, s.index_sha256] for s in self.shards]
         )
@@ -167,9 +170,13 @@ class ShardIndex:
             DataError: the lines of its shard are damaged.
         """
         shard = self.shard_of(number)
-        if shard not in self._lines:
-            self._lines[shard] = self._checked_lines(shard)
-        ends, slot = self._lines[shard], number - self._starts[shard]
+        state = self._present_state()
+        if state != self._state:  # somebody wrote into the file: what was checked may be gone
+            self._lines, self._state = {}, state
+        lines = self._lines
+        if shard not in lines:
+            lines[shard] = self._checked_lines(shard)
+        ends, slot = lines[shard], number - self._starts[shard]
         start = self._blocks[shard] + (int(ends[slot - 1]) + 1 if slot else 0)
         line = self._read(start, self._blocks[shard] + int(ends[slot]) - start)
         return self._parsed_row(line.rstrip(b","), shard)
@@ -191,6 +198,12 @@ class ShardIndex:
                     break
                 shapes[start:end, column] = np.array(found).astype(np.int32)
         return shapes
+
+    def _present_state(self) -> tuple[int, int]:
+        if isinstance(self._file, bytes):
+            return 0, 0
+        status = os.fstat(self._file.fileno())
+        return status.st_size, status.st_mtime_ns
 
     def _checked_block(self, shard: int) -> bytes:
         """All lines of a shard, once their digest fits."""
@@ -219,9 +232,10 @@ class ShardIndex:
         numbers = [row.width, row.height, *(number for place in places for number in place)]
         if not (
             isinstance(row.key, str)
+            and fits_a_line(row.key)
             and isinstance(row.sha256, str)
             and (row.mask is None or isinstance(row.mask.sha256, str))
-            and (row.caption is None or isinstance(row.caption, str))
+            and (row.caption is None or (isinstance(row.caption, str) and _is_text(row.caption)))
             and all(type(number) is int and number >= 0 for number in numbers)
             and all(offset + size <= self.shards[shard].bytes for offset, size in places)
             and 0 < row.width < _SIDE_LIMIT
@@ -270,7 +284,7 @@ class ShardIndex:
             )
         if value.get("version") != VERSION:
             found = value.get("version")
-            raise DataError(f"{self.where}: index version {found!r} is not {VERSION}")
+            raise DataError(f"{self.where}: index version {repr(found)[:20]} is not {VERSION}")
         shards, rows = value.get("shards"), value.get("samples")
         if not isinstance(shards, list) or not isinstance(rows, list):
             raise self._damage("no lists of shards and samples")
@@ -297,17 +311,27 @@ class ShardIndex:
             numbers = (entry.bytes, entry.samples, entry.index_bytes)
             texts = (entry.file, entry.sha256, entry.index_sha256)
             if not (
-                all(type(number) is int and number > 0 for number in numbers)
+                all(type(number) is int and 0 < number < _BYTES_LIMIT for number in numbers)
                 and entry.samples <= entry.index_bytes
                 and all(isinstance(text, str) for text in texts)
                 and all(map(_DIGEST.fullmatch, texts[1:]))  # names of files when fetched
                 and entry.file.isprintable()
+                and fits_a_line(entry.file)
             ):
                 raise self._damage("impossible values in its list of shards")
             self.shards.append(entry)
         if not self.shards:
             raise self._damage("no shards")
         return end + len(_MIDDLE)
+
+
+def _is_text(value: str) -> bool:
+    """Whether UTF-8 can hold it: JSON can spell half a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _entry_line(entry: ShardEntry, block: bytes) -> bytes:

@@ -1,8 +1,8 @@
 """From streams of samples to the rows of each micro-batch, decoded ahead by other processes.
 
-Between `stream.py` and the batcher. Invariant: which samples a rank gets for (cursor, micro-batch)
+Between `stream.py` and the batcher. Invariant: which samples a rank gets for (cursors, micro-batch)
 is a function of (plan, rank, world) alone: workers only do ahead of time what would be done at the
-moment, and the state of the data is one cursor.
+moment, and the state of the data is one cursor a subject.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from disttrain.errors import DataError
 PREFETCHED = 2  # micro-batches that each worker is ahead
 STALL_SECONDS = 300.0
 _STARTED_BY = "forkserver"  # a plain fork would copy the locks of torch's and gloo's threads
-Turn = tuple[int, int]
-"""(cursor, micro-batch)."""
+Turn = tuple[tuple[int, ...], int]
+"""(cursor of each subject, micro-batch)."""
 
 
 def batch_positions(cursor: int, micro: int, batch_size: int, rank: int, world: int) -> range:
@@ -54,18 +54,19 @@ class Share:
         """Samples of one update over all ranks."""
         return self.batch_size * self.accumulation * self.world
 
-    def positions(self, turn: Turn) -> range:
-        """Positions of this rank's part of a micro-batch."""
-        return batch_positions(*turn, self.batch_size, self.rank, self.world)
+    def positions(self, turn: Turn, subject: int) -> range:
+        """Positions of this rank's part of a subject's micro-batch."""
+        cursors, micro = turn
+        return batch_positions(cursors[subject], micro, self.batch_size, self.rank, self.world)
 
     def turns(self, first: Turn) -> Iterator[Turn]:
         """Micro-batches one after another, without end."""
-        cursor, micro = first
+        cursors, micro = first
         while True:
-            yield cursor, micro
+            yield cursors, micro
             micro += 1
             if micro == self.accumulation:
-                cursor, micro = cursor + self.step_size, 0
+                cursors, micro = tuple(cursor + self.step_size for cursor in cursors), 0
 
 
 class Rows(TypedDict):
@@ -99,6 +100,7 @@ class SampleLoader:
         pin: bool = False,
         warn: Callable[[str], None] = lambda _: None,
     ) -> None:
+        self.groups = groups
         self.streams = [stream for group in groups for stream in group]
         self.share, self.workers, self.pin, self.warn = share, workers, pin, warn
         self._told: set[tuple[int, int]] = set()
@@ -120,7 +122,12 @@ class SampleLoader:
             self.streams[number].note_damage({picture: why})
         if rows["failure"]:
             raise DataError(rows["failure"])
-        places = [(s, position) for s in self.streams for position in self.share.positions(turn)]
+        places = [
+            (stream, position)
+            for subject, group in enumerate(self.groups)
+            for stream in group
+            for position in self.share.positions(turn, subject)
+        ]
         found = []
         for row, (stream, position) in enumerate(places):
             picture, content = rows["pictures"][row], rows["content"][row]
@@ -176,13 +183,12 @@ class _Reader(Dataset[Rows]):
         self.groups, self.share = groups, share
 
     def __getitem__(self, turn: Turn) -> Rows:
-        positions = self.share.positions(turn)
         contents: list[Tensor] = []
         pictures: list[int] = []
         damaged: list[tuple[int, int, str]] = []
         failure = ""
         try:
-            for number, stream, size in self._streams(positions):
+            for number, stream, size, positions in self._streams(turn):
                 known = set(stream.damaged)
                 try:
                     for position in positions:
@@ -197,13 +203,14 @@ class _Reader(Dataset[Rows]):
             failure, content = str(error), torch.empty(0)
         return Rows(content=content, pictures=pictures, damaged=damaged, failure=failure)
 
-    def _streams(self, positions: range) -> Iterator[tuple[int, SampleStream, Size]]:
-        """(number, stream, size of its pictures) in the order of rows."""
+    def _streams(self, turn: Turn) -> Iterator[tuple[int, SampleStream, Size, range]]:
+        """(number, stream, size of its pictures, positions) in the order of rows."""
         number = 0
-        for group in self.groups:
+        for subject, group in enumerate(self.groups):
+            positions = self.share.positions(turn, subject)
             size = group[0].size_at(positions[0])
             for stream in group:
-                yield number, stream, size
+                yield number, stream, size, positions
                 number += 1
 
 

@@ -20,7 +20,7 @@ NAMES = ("metadata.jsonl", "metadata.csv")
 FILE_COLUMN = "file_name"
 CAPTION_COLUMNS = ("text", "caption")
 FILE_LIMIT = 2**28
-CAPTION_LIMIT = 2**20
+CAPTION_LIMIT = 2**16
 
 
 def read_captions(path: Path, pictures: Container[str], column: str = "") -> dict[str, str]:
@@ -53,7 +53,7 @@ def read_captions(path: Path, pictures: Container[str], column: str = "") -> dic
         found[name] = line, {key: row[key] for key in wanted if key in row}
     chosen = next((name for name in wanted if name in columns), None)
     if chosen is None and found:
-        others = ", ".join(repr(name) for name in list(columns)[:8] if name != FILE_COLUMN)
+        others = ", ".join(repr(name[:40]) for name in list(columns)[:8] if name != FILE_COLUMN)
         raise DataError(
             f"{path}: no column {' or '.join(map(repr, wanted))}; name the one that holds the "
             f"captions: {others or f'there is only {FILE_COLUMN}'}"

@@ -7,10 +7,19 @@ refused before anything is read from it, so nothing here waits for ever.
 from __future__ import annotations
 
 import os
+import re
 import stat
 from pathlib import Path
 
 from disttrain.errors import DataError
+
+LONGEST_NAME = 1024
+_NOT_SHOWN = re.compile("[\0-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
+
+
+def fits_a_line(name: str) -> bool:
+    """Whether a name can stand in a message as it is: no controls, not endless, and UTF-8."""
+    return len(name) <= LONGEST_NAME and not _NOT_SHOWN.search(name)
 
 
 def open_plain(path: Path) -> int:

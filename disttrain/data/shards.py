@@ -75,7 +75,7 @@ def write_shards(
     _refuse_equal_keys(listing)
     lock = files.FolderLock(destination)
     try:
-        files.remove_temporaries(destination)
+        _remove_temporaries(destination)
         counter = Counter(len(listing.pictures), progress)
         plans = _plans(listing, samples_per_shard, bytes_per_shard)
         names: set[str] = set()
@@ -89,6 +89,13 @@ def write_shards(
     finally:
         lock.release()
     return destination / INDEX_NAME
+
+
+def _remove_temporaries(folder: Path) -> None:
+    """Clear what a killed run left; the folder may hold other programs' files too."""
+    for pattern in (".shard-*.tar.*.tmp", f".{INDEX_NAME}.*.tmp"):
+        for left in folder.glob(pattern):
+            left.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

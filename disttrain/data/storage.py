@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 from urllib.parse import quote, unquote, urlsplit
 
-from disttrain.data.plain_files import open_plain
+from disttrain.data.plain_files import fits_a_line, open_plain
 from disttrain.data.workers import Stopped
 from disttrain.errors import DataError
 
@@ -290,12 +290,15 @@ def _family(url: str) -> str:
 
 def _local_part(url: str, rest: str) -> str:
     """Path of a `file:` URL; `rest` is what follows the colon."""
-    if not rest.startswith("//"):
-        return unquote(rest)
-    host, _, path = rest[2:].partition("/")
-    if host not in ("", "localhost"):
-        raise DataError(f"{url}: a file URL of another machine; write file:///path")
-    return "/" + unquote(path)
+    path = unquote(rest)
+    if rest.startswith("//"):
+        host, _, path = rest[2:].partition("/")
+        if host not in ("", "localhost"):
+            raise DataError(f"{url}: a file URL of another machine; write file:///path")
+        path = "/" + unquote(path)
+    if not fits_a_line(path):
+        raise DataError(f"{url[:200]}: not the URL of a file")
+    return path
 
 
 @cache

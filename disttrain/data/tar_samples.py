@@ -19,10 +19,11 @@ from disttrain import files
 from disttrain.data import images, storage, tars
 from disttrain.data.folder import CAPTION_LIMIT, check_picture, decode_caption, refuse_other_size
 from disttrain.data.index import MaskPlace, SampleRow, ShardEntry
+from disttrain.data.plain_files import fits_a_line
 from disttrain.data.workers import Stopped
 from disttrain.errors import DataError
 
-METADATA_LIMIT = 16 * 2**20
+METADATA_LIMIT = 4 * 2**20  # bytes of JSON, which may take over twenty times as many in memory
 CAPTION_KEY = "caption"
 _Members = dict[str, tars.Member]
 
@@ -60,6 +61,9 @@ class TarReader:
                 for key, members in _samples(reader, str(place)):
                     if self.stop.is_set():
                         raise Stopped
+                    if not fits_a_line(key):
+                        skipped.append(f"{place}: {key!a}: unprintable letters in its key; skipped")
+                        continue
                     try:
                         rows.append(self._row(f"{place}: {key}", key, members))
                     except DataError as error:
@@ -112,7 +116,11 @@ class TarReader:
                 value = json.loads(_content(members["json"], where))
                 found = value.get(self.caption_key) if isinstance(value, dict) else None
                 if isinstance(found, str):
-                    found.encode()  # JSON can spell half a surrogate pair, which is no text
+                    size = len(found.encode())  # JSON can spell half a surrogate pair: no text
+                    if size > CAPTION_LIMIT:
+                        raise DataError(
+                            f"{where}: a caption of {size} bytes, the limit is {CAPTION_LIMIT}"
+                        )
                     return found.strip()
         except DataError:
             raise

@@ -16,6 +16,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from disttrain.data.plain_files import LONGEST_NAME
 from disttrain.errors import DataError
 from disttrain.files import Readable
 
@@ -106,6 +107,7 @@ def walk(
         position = tape.position
         header = tape.block()
         if not any(header):
+            tape.refuse_rest()
             return
         kind, size = header[156:157], _checked_size(header, position, where)
         if kind in (_PAX, _PAX_GLOBAL, _LONG_NAME):
@@ -117,6 +119,8 @@ def walk(
         size = 0 if kind == _FOLDER else size  # some writers store the sum of its files there
         name = extra.get("path") or _header_name(header, position, where)
         extra = {}
+        if len(name) > LONGEST_NAME:
+            raise DataError(f"{where}: a member name of {len(name)} letters at byte {position}")
         _refuse_unsafe(name, kind, where)
         if kind not in _REGULAR or name.endswith("/"):
             tape.body(name, size, keep=False)
@@ -162,6 +166,19 @@ class _Tape:
                 f"{self._where}: cut short within {name!r}; fetch or write the shard again"
             )
         return data
+
+    def refuse_rest(self) -> None:
+        """The mark of the end is behind: nothing but zeros may follow.
+
+        Otherwise it is no end but zeros where a header was, and what follows would be lost.
+        """
+        position = self.position
+        while piece := self._take(_PIECE):
+            if piece.count(0) < len(piece):
+                raise DataError(
+                    f"{self._where}: more after the end mark at byte {position - BLOCK} (damaged, "
+                    "or several tars in one); fetch or write it again"
+                )
 
     def _take(self, size: int) -> bytes:
         """`size` bytes, fewer only at the end of the file."""

@@ -6,7 +6,7 @@ step is taken.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -27,13 +27,18 @@ class WeightAverage:
         self.values = {name: value.detach().clone() for name, value in parameters.items()}
 
     @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take in the weights after update number `step`, counted from 1."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+    def update(self, steps: Sequence[int]) -> None:
+        """Take in the weights after update number `steps[s]`, counted from 1, of each subject s."""
+        shares = [1 - min(self.decay, (1 + step) / (10 + step)) for step in steps]
         current = [self.parameters[name] for name in self.values]
         averages = list(self.values.values())
-        # One fused call for all tensors; torch has no public name for it.
-        torch._foreach_lerp_(averages, current, 1 - decay)  # pyright: ignore[reportPrivateImportUsage]
+        if len(set(shares)) == 1:
+            # One fused call for all tensors; torch has no public name for it.
+            torch._foreach_lerp_(averages, current, shares[0])  # pyright: ignore[reportPrivateImportUsage]
+            return
+        for average, value in zip(averages, current, strict=True):
+            share = average.new_tensor(shares).view(-1, *[1] * (average.dim() - 1))
+            average.lerp_(value, share)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -13,6 +13,7 @@ from disttrain.engine.batch_size import settle_batch
 from disttrain.engine.distributed import Mesh
 from disttrain.engine.pictures import open_subject
 from disttrain.engine.progress import Progress
+from disttrain.engine.slot import alone
 from disttrain.engine.streams import StreamMaker
 from disttrain.engine.text_cache import cache_prompts
 from disttrain.errors import ConfigError
@@ -34,7 +35,7 @@ def fill_caches(config: RunConfig) -> None:
         config = settle_batch(config, mesh.world)
         progress.say(f"loading base model {config.base_model}")
         base = configured_base(config)
-        data = [open_subject(config, subject, progress) for subject in config.subjects]
+        data = [open_subject(alone(config, one), progress) for one in config.subjects]
         maker = StreamMaker(config, mesh, base, progress)
         maker.make(data)
         dtype = mesh.weight_dtype if config.packable else torch.float32

@@ -9,12 +9,12 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from disttrain.engine.curve import loss_curve
-from disttrain.engine.run_folder import RunFolder
 from disttrain.files import write_text
 
 CSV_HEADER = ("step", "epoch", "epoch_step", "loss", "learn_rate")
@@ -38,15 +38,15 @@ class StepRecord:
 class MetricsLog:
     """Appends records as they come; used on rank zero only."""
 
-    def __init__(self, folder: RunFolder) -> None:
-        self.folder = folder
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.handle: io.TextIOWrapper | None = None
 
     def cut(self, steps: dict[str, int]) -> None:
         """Keep each named subject's records up to its step, then open the log for more."""
         kept = [r for r in self.read() if r.step <= steps.get(r.subject, 0)]
-        write_text(self.folder.metrics, "".join(_line(record) for record in kept))
-        self.handle = self.folder.metrics.open("a", encoding="utf-8")
+        write_text(self.path, "".join(_line(record) for record in kept))
+        self.handle = self.path.open("a", encoding="utf-8")
 
     def append(self, records: Iterable[StepRecord]) -> None:
         """Add one step's records; each is on disk's side of the process when this returns."""
@@ -57,25 +57,22 @@ class MetricsLog:
 
     def read(self) -> list[StepRecord]:
         """All whole records; a last line cut by a kill is left out."""
-        if not self.folder.metrics.is_file():
+        if not self.path.is_file():
             return []
         records = []
-        for line in self.folder.metrics.read_text(encoding="utf-8").splitlines():
+        for line in self.path.read_text(encoding="utf-8").splitlines():
             try:
                 records.append(StepRecord(**json.loads(line)))
             except (json.JSONDecodeError, TypeError):
                 continue
         return records
 
-    def write_curves(self, subjects: list[str]) -> None:
-        """Bring each subject's loss.csv (the web UI's columns) and loss.svg up to date."""
-        records = self.read()
-        for subject in subjects:
-            own = [record for record in records if record.subject == subject]
-            folder = self.folder.subject(subject)
-            write_text(folder / "loss.csv", _loss_csv(own))
-            points = [(record.step, record.loss) for record in own]
-            write_text(folder / "loss.svg", loss_curve(points, f"{subject}: training loss"))
+    def write_curve(self, subject: str, folder: Path) -> None:
+        """Bring a subject's loss.csv (the web UI's columns) and loss.svg up to date."""
+        own = [record for record in self.read() if record.subject == subject]
+        write_text(folder / "loss.csv", _loss_csv(own))
+        points = [(record.step, record.loss) for record in own]
+        write_text(folder / "loss.svg", loss_curve(points, f"{subject}: training loss"))
 
     def close(self) -> None:
         """Close the log."""
@@ -97,7 +94,7 @@ def _loss_csv(records: list[StepRecord]) -> str:
     return text.getvalue()
 
 
-def tracker_values(records: list[StepRecord]) -> dict[str, Any]:
+def tracker_values(records: Sequence[StepRecord]) -> dict[str, Any]:
     """One step's records as flat names for TensorBoard or W&B."""
     values: dict[str, Any] = {}
     for record in records:

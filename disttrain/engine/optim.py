@@ -7,7 +7,7 @@ a packed tensor depends on that slice, its gradient and its own learning rate on
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -66,8 +66,8 @@ def schedule_factor(optim: OptimSettings, step: int, max_steps: int) -> float:
 class PackedAdamW(torch.optim.Optimizer):
     """AdamW (Loshchilov and Hutter 2019) over tensors `[S, ...]` with a step count per subject.
 
-    For S = 1 it is `torch.optim.AdamW`. A group's `lr` is a number or a tensor `[S]`. Work per step
-    is a few calls per tensor, whatever S.
+    For S = 1 it is `torch.optim.AdamW`. A group's `lr` and `weight_decay` are numbers or tensors
+    `[S]`. Work per step is a few calls per tensor, whatever S.
     """
 
     def __init__(
@@ -89,23 +89,31 @@ class PackedAdamW(torch.optim.Optimizer):
                 if parameter.grad is not None:
                     self._update(parameter, parameter.grad, group)
 
+    @staticmethod
+    def blank(parameter: Tensor) -> dict[str, Tensor]:
+        """State of a tensor `[S, ...]` before its first step."""
+        steps = torch.zeros(parameter.shape[0], dtype=torch.float64, device=parameter.device)
+        moments = (torch.zeros_like(parameter), torch.zeros_like(parameter))
+        return dict(zip(("step", "exp_avg", "exp_avg_sq"), (steps, *moments), strict=True))
+
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:
         beta1, beta2 = group["betas"]
         subjects = parameter.shape[0]
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros(subjects, dtype=torch.float64, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
+            state.update(self.blank(parameter))
         state["step"] += 1
         state["exp_avg"].lerp_(gradient, 1 - beta1)
         state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         shape = (subjects,) + (1,) * (parameter.dim() - 1)
-        rate = torch.as_tensor(group["lr"], dtype=torch.float64, device=parameter.device)
-        rate = rate.expand(subjects)
+        device = parameter.device
+        rate, decay = (
+            torch.as_tensor(group[key], dtype=torch.float64, device=device).expand(subjects)
+            for key in ("lr", "weight_decay")
+        )
         correction1 = 1 - torch.pow(beta1, state["step"])
         correction2 = 1 - torch.pow(beta2, state["step"])
-        keep = (1 - rate * group["weight_decay"]).to(parameter.dtype).view(shape)
+        keep = (1 - rate * decay).to(parameter.dtype).view(shape)
         size = (rate / correction1).to(parameter.dtype).view(shape)
         spread = correction2.sqrt().to(parameter.dtype).view(shape)
         denominator = (state["exp_avg_sq"].sqrt() / spread).add_(group["eps"])
@@ -113,23 +121,30 @@ class PackedAdamW(torch.optim.Optimizer):
 
 
 def make_optimizer(config: RunConfig, groups: list[ParameterGroup]) -> torch.optim.Optimizer:
-    """The configured optimizer over a method's groups; each remembers its unscaled rate."""
+    """The configured optimizer over a method's groups; `set_rates` comes before each step."""
     optim = config.optim
-    settings = [
-        {"params": list(group.parameters.values()), "base_lr": group.learning_rate}
-        for group in groups
-    ]
+    settings = [{"params": list(group.parameters.values()), "part": group.name} for group in groups]
     betas = (optim.adam_beta1, optim.adam_beta2)
-    decay = config.weight_decay
     if config.packable:
-        return PackedAdamW(settings, betas, optim.adam_epsilon, decay)
-    return torch.optim.AdamW(settings, 0.0, betas, optim.adam_epsilon, decay)
+        return PackedAdamW(settings, betas, optim.adam_epsilon, 0.0)
+    return torch.optim.AdamW(settings, 0.0, betas, optim.adam_epsilon, 0.0)
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Give every group its base rate times `factor`."""
+def set_rates(
+    optimizer: torch.optim.Optimizer, members: Sequence[RunConfig], factors: Sequence[float]
+) -> None:
+    """Give every group each member's base rate times its factor, and its weight decay."""
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * factor
+        rates = [
+            member.optim.rate_of(group["part"]) * factor
+            for member, factor in zip(members, factors, strict=True)
+        ]
+        decays = [member.weight_decay for member in members]
+        if len(members) == 1:
+            group["lr"], group["weight_decay"] = rates[0], decays[0]
+        else:
+            group["lr"] = torch.tensor(rates, dtype=torch.float64)
+            group["weight_decay"] = torch.tensor(decays, dtype=torch.float64)
 
 
 def gradient_norms(parameters: list[Tensor], packed: bool) -> Tensor:
@@ -142,9 +157,13 @@ def gradient_norms(parameters: list[Tensor], packed: bool) -> Tensor:
     return torch.stack(squares).sum(dim=0).sqrt()
 
 
-def clip_gradients(parameters: list[Tensor], norms: Tensor, limit: float) -> None:
-    """Scale each subject's gradient to a norm of at most `limit`, given the `norms` it has."""
-    factors = (limit / (norms + 1e-6)).clamp(max=1.0)
+def clip_gradients(parameters: list[Tensor], norms: Tensor, limits: Sequence[float]) -> None:
+    """Scale each subject's gradient to a norm of at most its limit, given the `norms` it has.
+
+    A limit of 0 means none.
+    """
+    bounds = norms.new_tensor([limit or math.inf for limit in limits])
+    factors = (bounds / (norms + 1e-6)).clamp(max=1.0)
     for parameter in parameters:
         if parameter.grad is not None:
             shape = (-1,) + (1,) * (parameter.dim() - 1) if len(factors) > 1 else ()

@@ -1,19 +1,20 @@
 """A pack in training: the subjects that share one process's step, with all that changes.
 
-Invariant: everything that a step changes is in `state()`, so a pack restored from it goes on
-exactly as if it had not stopped.
+Invariant: what a step changes of a subject is in `state_of` it and depends on that subject alone,
+so one that was saved, moved to another pack or another slot goes on exactly as if nothing had been.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from disttrain.config import RunConfig, SubjectSettings
+from disttrain.config import RunConfig
 from disttrain.engine.average import WeightAverage
 from disttrain.engine.checkpoint import (
     Checkpoint,
@@ -23,14 +24,16 @@ from disttrain.engine.checkpoint import (
 )
 from disttrain.engine.distributed import Mesh
 from disttrain.engine.optim import (
+    PackedAdamW,
     clip_gradients,
     gradient_norms,
     learning_rate_factor,
     make_optimizer,
     schedule_factor,
-    set_learning_rates,
+    set_rates,
 )
-from disttrain.errors import CheckpointError, TrainingFailed
+from disttrain.engine.slot import Slot
+from disttrain.errors import CheckpointError
 from disttrain.methods import METHODS
 from disttrain.methods.base import Method, all_parameters
 from disttrain.methods.batch import Batcher
@@ -40,26 +43,33 @@ from disttrain.models.packed import placed
 from disttrain.models.text import ContextCache
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What an update did: gradient norm before clipping of each slot, and the slots that failed."""
+
+    norms: list[float]
+    failed: list[int]
+
+
 class Pack:
-    """Subjects that train together, their method, optimizer and place in the data.
+    """Subjects that train together, their method and optimizer.
 
     Args:
+        config: what they share.
         base: freshly loaded; the method takes it apart.
+        slots: at their start; `arrange` puts others, or these from their checkpoints, in place.
     """
 
     def __init__(
-        self,
-        config: RunConfig,
-        mesh: Mesh,
-        base: BaseModel,
-        subjects: Sequence[SubjectSettings],
+        self, config: RunConfig, mesh: Mesh, base: BaseModel, slots: Sequence[Slot]
     ) -> None:
-        self.config, self.mesh, self.base, self.subjects = config, mesh, base, subjects
-        self.names = [subject.name for subject in subjects]
+        self.config, self.mesh, self.base = config, mesh, base
+        self.slots = list(slots)
         dtype = mesh.weight_dtype if config.packable else torch.float32
         placed(base.unet, mesh.device, dtype)
         placed(base.text_encoder, mesh.device, dtype)
-        self.method: Method = METHODS[config.method.name](base, config, subjects)
+        kind: type[Method] = METHODS[config.method.name]
+        self.method = kind(base, [slot.config for slot in slots])
         groups = self.method.groups()
         self.parameters: dict[str, Tensor] = {**all_parameters(groups)}
         self.parameter_names = {value: name for name, value in self.parameters.items()}
@@ -77,9 +87,6 @@ class Pack:
         self.denoiser, self.optimizer = mesh.prepare(denoiser, make_optimizer(config, groups))
         self.contexts = ContextCache(self.method.tokenizer, base.text_encoder)
         self.batcher: Batcher | None = None
-        self.sources: dict[str, str] = {}
-        self.step = 0
-        self.cursor = 0
         self.factor = learning_rate_factor(
             config.optim.scale_lr,
             mesh.world,
@@ -88,23 +95,35 @@ class Pack:
         )
 
     @property
+    def active(self) -> list[Slot]:
+        """The subjects that still have steps to take."""
+        return [slot for slot in self.slots if not slot.idle]
+
+    @property
+    def names(self) -> list[str]:
+        """The subjects by slot."""
+        return [slot.name for slot in self.slots]
+
+    @property
     def samples_per_step(self) -> int:
         """Pictures of one subject per update, over all processes (class pictures not counted)."""
         size = self.config.data.batch_size * self.config.train.gradient_accumulation_steps
         return size * self.mesh.world
 
-    def feed(self, batcher: Batcher, sources: dict[str, str]) -> None:
-        """Connect the data: batches, and the digest of each subject's pictures."""
-        self.batcher, self.sources = batcher, sources
+    def feed(self, batcher: Batcher) -> None:
+        """Connect the data of the slots."""
+        if self.batcher is not None:
+            self.batcher.loader.close()
+        self.batcher = batcher
 
     @contextmanager
     def feeding(self) -> Iterator[None]:
         """The data may be asked for inside; at the end the processes that read ahead are ended."""
-        assert self.batcher is not None, "feed() comes first"
         try:
             yield
         finally:
-            self.batcher.loader.close()
+            if self.batcher is not None:
+                self.batcher.loader.close()
 
     def averaged(self) -> AbstractContextManager[None]:
         """Inside, the weights are those that results are made from: the average, if there is one.
@@ -114,59 +133,82 @@ class Pack:
         return nullcontext() if self.average is None else self.average.applied()
 
     def begin_step(self) -> None:
-        """Set the learning rate of the coming update."""
-        schedule = schedule_factor(self.config.optim, self.step, self.config.train.max_steps)
-        set_learning_rates(self.optimizer, self.factor * schedule)
+        """Set the learning rates of the coming update; idle subjects stay as they are."""
+        factors = [
+            0.0
+            if slot.idle
+            else self.factor
+            * schedule_factor(slot.config.optim, slot.step, slot.config.train.max_steps)
+            for slot in self.slots
+        ]
+        set_rates(self.optimizer, [slot.config for slot in self.slots], factors)
+
+    def rate_of(self, slot: int) -> float:
+        """Learning rate of a slot's first part in the update that was begun last."""
+        rate = self.optimizer.param_groups[0]["lr"]
+        return float(rate[slot] if isinstance(rate, Tensor) else rate)
 
     def losses(self, micro: int) -> Tensor:
         """Losses `[S]` of one micro-batch of this rank, with their graph."""
         assert self.batcher is not None, "feed() comes first"
-        return self.denoiser(self.batcher.batch(self.cursor, micro))
+        cursors = tuple(slot.cursor for slot in self.slots)
+        return self.denoiser(self.batcher.batch(cursors, micro))
 
-    def update(self, losses: list[float]) -> list[float]:
-        """Apply the gradients; returns each subject's gradient norm before clipping.
+    def update(self, losses: list[float]) -> Outcome:
+        """Apply the gradients of those whose loss and gradient are finite; the others stay as they
+        are, uncounted. Without a subject axis all stay.
 
         Args:
             losses: mean over all ranks and micro-batches, so every rank decides alike.
-
-        Raises:
-            TrainingFailed: a loss or gradient is not finite; no weight has changed.
         """
         self.mesh.unscale(self.optimizer)
         parameters = list(self.parameters.values())
         norms = gradient_norms(parameters, self.config.packable)
-        values = norms.tolist()
-        self._refuse_not_finite(losses, values)
-        if self.config.optim.max_grad_norm:
-            clip_gradients(parameters, norms, self.config.optim.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        self.cursor += self.samples_per_step
-        if self.average is not None:
-            self.average.update(self.step)
-        return values
-
-    def _refuse_not_finite(self, losses: list[float], norms: list[float]) -> None:
         finite = torch.tensor(losses).isfinite()
         if self.mesh.scaler is None:  # the fp16 scaler skips infinite gradients by itself
-            finite &= torch.tensor(norms).isfinite()
-        if not bool(finite.all()):
-            bad = [n for n, good in zip(self.names, finite.tolist(), strict=True) if not good]
-            last = self.cursor + self.samples_per_step - 1
-            raise TrainingFailed(
-                f"loss or gradient of {', '.join(bad)} is not finite at step {self.step + 1} "
-                f"(samples {self.cursor} to {last}); the weights are those of step {self.step}. "
-                "Look at the pictures and run again, or use --fresh with a lower learning rate"
-            )
+            finite &= norms.isfinite().cpu()
+        outcome = Outcome(norms.tolist(), [i for i, good in enumerate(finite.tolist()) if not good])
+        if outcome.failed:
+            self._hold_back(outcome.failed)
+        limits = [slot.config.optim.max_grad_norm for slot in self.slots]
+        clip_gradients(parameters, norms.nan_to_num(0.0, 0.0), limits)
+        if len(outcome.failed) < len(self.slots):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        for i, slot in enumerate(self.slots):
+            if i not in outcome.failed:
+                slot.step += not slot.idle
+                slot.cursor += self.samples_per_step
+        if self.average is not None:
+            self.average.update([slot.step for slot in self.slots])
+        return outcome
 
-    def state(self) -> Checkpoint:
-        """All that a step changes, for a checkpoint."""
+    def describe_failure(self, index: int) -> str:
+        """What to tell of a slot whose last update was held back."""
+        slot = self.slots[index]
+        return (
+            f"loss or gradient of {slot.name} is not finite at step {slot.step + 1} (samples "
+            f"{slot.cursor} to {slot.cursor + self.samples_per_step - 1}); its weights are those "
+            f"of step {slot.step}"
+        )
+
+    def _hold_back(self, failed: list[int]) -> None:
+        """Make the coming update leave these slots as they are."""
+        for parameter in self.parameters.values():
+            if parameter.grad is not None and self.config.packable:
+                parameter.grad[failed] = 0
+        for group in self.optimizer.param_groups:
+            if isinstance(group["lr"], Tensor):
+                group["lr"][failed] = 0
+
+    def state_of(self, index: int) -> Checkpoint:
+        """All of a subject that a step changes; tensors keep an axis of one subject."""
+        slot = self.slots[index]
         state: dict[str, Any] = {
-            "step": self.step,
-            "cursor": self.cursor,
-            "subjects": self.names,
-            "sources": self.sources,
+            "step": slot.step,
+            "cursor": slot.cursor,
+            "subject": slot.name,
+            "source": slot.source,
             "world_size": self.mesh.world,
         }
         if self.mesh.scaler is not None:
@@ -174,24 +216,72 @@ class Pack:
         optimizer = optimizer_tensors(self.optimizer, self.parameter_names)
         trainables = {name: value.detach() for name, value in self.parameters.items()}
         average = self.average.values if self.average is not None else {}
-        return Checkpoint(state, trainables, optimizer, average)
+        parts = (trainables, optimizer, average)
+        return Checkpoint(state, *(self._slice(tensors, index) for tensors in parts))
 
-    def restore(self, checkpoint: Checkpoint, path: str) -> None:
-        """Take over a checkpoint's state.
+    def _slice(self, tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+        if not self.config.packable:
+            return dict(tensors)
+        # Copies: aligned in memory, and what they were when the pack goes on.
+        return {name: value[index : index + 1].clone() for name, value in tensors.items()}
+
+    def arrange(self, slots: Sequence[Slot], found: Sequence[Checkpoint | None]) -> None:
+        """Fill the slots with these subjects, each from its state or, for None, from its start.
 
         Raises:
-            CheckpointError: it belongs to other pictures or other tensors.
+            CheckpointError: a state belongs to other pictures or other tensors.
         """
-        for name, digest in checkpoint.state["sources"].items():
-            if self.sources.get(name) != digest:
-                raise CheckpointError(
-                    f"{path}: the pictures of {name} changed since it was written; "
-                    "put them back, or use --fresh"
-                )
-        restore_parameters(self.parameters, checkpoint.trainables, path)
-        restore_optimizer(self.optimizer, self.parameter_names, checkpoint.optimizer)
-        if self.average is not None:
-            restore_parameters(self.average.values, checkpoint.average, path)
-        if self.mesh.scaler is not None and "scaler" in checkpoint.state:
-            self.mesh.scaler.load_state_dict(checkpoint.state["scaler"])
-        self.step, self.cursor = checkpoint.state["step"], checkpoint.state["cursor"]
+        for slot, state in zip(slots, found, strict=True):
+            if state is not None:
+                _refuse_other(slot, state)
+        self.slots = list(slots)
+        if self.config.packable:
+            self._stack(found)
+        elif found[0] is not None:
+            place = self.slots[0].name
+            restore_parameters(self.parameters, found[0].trainables, place)
+            restore_optimizer(self.optimizer, self.parameter_names, found[0].optimizer)
+            if self.average is not None:
+                restore_parameters(self.average.values, found[0].average, place)
+        self.method.arrange([slot.config for slot in slots])
+        for slot, state in zip(slots, found, strict=True):
+            if state is not None:
+                slot.step, slot.cursor = state.state["step"], state.state["cursor"]
+                if self.mesh.scaler is not None and "scaler" in state.state:
+                    self.mesh.scaler.load_state_dict(state.state["scaler"])
+
+    def _stack(self, found: Sequence[Checkpoint | None]) -> None:
+        """Put the tensors of the slots together along the subject axis."""
+        fresh = [
+            self.method.initial(slot.config) if state is None else {}
+            for slot, state in zip(self.slots, found, strict=True)
+        ]
+        for name, parameter in self.parameters.items():
+            parts = [
+                start[name] if state is None else state.trainables[name]
+                for start, state in zip(fresh, found, strict=True)
+            ]
+            stacked = torch.cat([part.to(parameter.device) for part in parts])
+            parameter.grad = None
+            parameter.data = stacked.to(parameter.dtype)
+            blank = PackedAdamW.blank(parameter)
+            for i, state in enumerate(found):
+                for key, value in blank.items():
+                    saved = None if state is None else state.optimizer.get(f"{name}|{key}")
+                    if saved is not None:
+                        value[i : i + 1] = saved.to(value.device)
+            self.optimizer.state[parameter] = blank
+            if self.average is not None:
+                averages = [
+                    part if state is None else state.average[name]
+                    for part, state in zip(parts, found, strict=True)
+                ]
+                self.average.values[name] = torch.cat([a.to(parameter.device) for a in averages])
+
+
+def _refuse_other(slot: Slot, state: Checkpoint) -> None:
+    if state.state["source"] != slot.source:
+        raise CheckpointError(
+            f"{slot.name}: its pictures changed since its checkpoint was written; "
+            "put them back, or use --fresh"
+        )

@@ -69,12 +69,13 @@ def drops_tail(config: RunConfig, count: int) -> bool:
     return policy == "drop" or (policy == "auto" and count >= LARGE_SET)
 
 
-def open_subject(config: RunConfig, subject: SubjectSettings, progress: Progress) -> SubjectData:
-    """A subject's pictures and prompts, checked; `config` has its global batch size.
+def open_subject(config: RunConfig, progress: Progress) -> SubjectData:
+    """The pictures and prompts of a config's only subject, checked; its batch is settled.
 
     Raises:
         DataError: a picture, caption or template is missing or unusable.
     """
+    (subject,) = config.subjects
     source = open_source(subject.images, source_options(config))
     plan = prompt_plan(config, subject)
     given = given_class_images(config, subject)

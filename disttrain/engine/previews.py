@@ -7,6 +7,8 @@ with previews ends with the weights of one without.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,7 @@ from disttrain.config import RunConfig
 from disttrain.data.images import encode_png
 from disttrain.engine.pack import Pack
 from disttrain.engine.run_folder import RunFolder
+from disttrain.engine.slot import Slot
 from disttrain.files import write_bytes
 from disttrain.models.packed import placed
 from disttrain.models.sampler import DrawSettings, decode_latents, draw_latents, to_pixels
@@ -41,12 +44,15 @@ def pack_context(pack: Pack, slots: list[int], prompts: list[str]) -> Tensor:
     return encode_ids(pack.base.text_encoder, ids.to(pack.mesh.device))
 
 
-def draw_previews(pack: Pack, config: RunConfig, folder: RunFolder) -> None:
-    """Write one picture per subject and sample prompt; call on rank zero only (no collective)."""
+def draw_previews(pack: Pack, wanted: Sequence[Slot], config: RunConfig, folder: RunFolder) -> None:
+    """Write one picture for each wanted slot and sample prompt; rank zero only (no collective)."""
     prompts = config.train.sample_prompts
-    slots = [slot for slot in range(len(pack.subjects)) for _ in prompts]
+    # Of all slots, because the layers of a pack want as many rows for each.
+    slots = [slot for slot in range(len(pack.slots)) for _ in prompts]
     texts = [
-        prompt_plan(config, subject).fill(prompt) for subject in pack.subjects for prompt in prompts
+        prompt_plan(slot.config, slot.subject).fill(prompt)
+        for slot in pack.slots
+        for prompt in prompts
     ]
     negative_text = config.train.sample_negative_prompt
     seeds = [config.train.sample_seed] * len(texts)
@@ -69,12 +75,13 @@ def draw_previews(pack: Pack, config: RunConfig, folder: RunFolder) -> None:
     pack.base.unet.train(training)
     vae = placed(pack.base.load_vae(), pack.mesh.device)
     pictures = to_pixels(decode_latents(vae, latents.float()))
-    for i, (slot, text) in enumerate(zip(slots, texts, strict=True)):
-        subject = pack.subjects[slot]
-        path = folder.subject(subject.name) / "samples"
-        note = parameters_text(config, text, negative_text, seeds[i], settings)
-        name = f"{pack.step:08d}-{i % len(prompts)}.png"
-        write_bytes(path / name, encode_png(pictures[i], {"parameters": note}))
+    for i, (number, text) in enumerate(zip(slots, texts, strict=True)):
+        slot = pack.slots[number]
+        if slot in wanted:
+            path = folder.subject(slot.name) / "samples"
+            note = parameters_text(config, text, negative_text, seeds[i], settings)
+            name = f"{slot.step:08d}-{i % len(prompts)}.png"
+            write_bytes(path / name, encode_png(pictures[i], {"parameters": note}))
 
 
 def parameters_text(

@@ -10,10 +10,10 @@ from collections import deque
 from statistics import median
 from types import TracebackType
 
-from disttrain.engine.metrics import StepRecord, tracker_values
-from disttrain.engine.pack import Pack
+from disttrain.engine.metrics import StepRecord
+from disttrain.engine.pack import Outcome, Pack
 from disttrain.engine.progress import plain_duration
-from disttrain.engine.run import Run
+from disttrain.engine.work import Work
 
 COLLECT_GARBAGE_EVERY = 100
 
@@ -21,9 +21,10 @@ COLLECT_GARBAGE_EVERY = 100
 class Recorder:
     """Context of one pack's training."""
 
-    def __init__(self, run: Run, pack: Pack) -> None:
+    def __init__(self, run: Work, pack: Pack) -> None:
         self.run, self.pack = run, pack
-        self.total = run.config.train.max_steps
+        self.updates = 0
+        self.total = max(slot.config.train.max_steps for slot in pack.slots)
         self.seconds: deque[float] = deque(maxlen=50)
         label = pack.names[0] if len(pack.names) == 1 else f"{len(pack.names)} subjects"
         self.label = f"{run.config.method.name} {label}"
@@ -32,7 +33,7 @@ class Recorder:
         # Python's collector pauses each rank at its own moment, and all wait for the slowest: it
         # runs at the same steps on every rank instead.
         gc.disable()
-        self.run.progress.start(self.label, self.total, self.pack.step)
+        self.run.progress.start(self.label, self.total, self._step())
         return self
 
     def __exit__(
@@ -41,45 +42,50 @@ class Recorder:
         gc.enable()
         self.run.progress.stop()
 
-    def record(self, losses: list[float], norms: list[float], seconds: float) -> None:
-        """One finished update: `losses` and `norms` by slot, its wall time in seconds."""
+    def _step(self) -> int:
+        """How far the subject is that has most to do."""
+        return min((slot.step for slot in self.pack.active), default=self.total)
+
+    def record(self, losses: list[float], outcome: Outcome, seconds: float) -> None:
+        """One update: losses and outcome by slot, its wall time in seconds."""
         pack = self.pack
-        if pack.step % COLLECT_GARBAGE_EVERY == 0:
+        self.updates += 1
+        if self.updates % COLLECT_GARBAGE_EVERY == 0:
             gc.collect()
         if not self.run.mesh.is_main:
             return
         self.seconds.append(seconds)
-        images = pack.samples_per_step * len(pack.names) / seconds
-        rate = pack.optimizer.param_groups[0]["lr"]
-        records = [
-            self._record(slot, losses[slot], norms[slot], rate, images, seconds)
-            for slot in range(len(pack.names))
+        counted = [
+            i for i, slot in enumerate(pack.slots) if not slot.idle and i not in outcome.failed
         ]
-        self.run.metrics.append(records)
-        self.run.track(tracker_values(records), pack.step)
-        mean = sum(losses) / len(losses)
-        usual = median(self.seconds)
-        left = plain_duration(usual * (self.total - pack.step))
-        speed = pack.samples_per_step * len(pack.names) / usual
+        images = pack.samples_per_step * len(pack.active) / seconds
+        self.run.log(
+            [self._record(i, losses[i], outcome.norms[i], images, seconds) for i in counted]
+        )
+        if not counted:
+            return
+        mean = sum(losses[i] for i in counted) / len(counted)
+        usual, step = median(self.seconds), self._step()
+        left = plain_duration(usual * (self.total - step))
+        speed = pack.samples_per_step * len(pack.active) / usual
+        rate = pack.rate_of(counted[0])
         detail = f"loss {mean:.4f}  lr {rate:.3g}  {speed:.1f} images/s"
-        self.run.progress.advance(pack.step, self.total, self.label, detail, f"{left} left")
+        self.run.progress.advance(step, self.total, self.label, detail, f"{left} left")
 
     def _record(
-        self, slot: int, loss: float, norm: float, rate: float, images: float, seconds: float
+        self, i: int, loss: float, norm: float, images: float, seconds: float
     ) -> StepRecord:
-        pack = self.pack
-        assert pack.batcher is not None
-        stream = pack.batcher.subjects[slot].instance
-        first = pack.cursor - pack.samples_per_step
+        pack, slot = self.pack, self.pack.slots[i]
+        stream = slot.streams.instance
         per_epoch = max(1, stream.order.length // pack.samples_per_step)
         return StepRecord(
-            step=pack.step,
-            subject=pack.names[slot],
+            step=slot.step,
+            subject=slot.name,
             loss=loss,
-            learning_rate=rate,
+            learning_rate=pack.rate_of(i),
             gradient_norm=norm,
-            epoch=stream.epoch_of(first),
-            epoch_step=(pack.step - 1) % per_epoch,
+            epoch=stream.epoch_of(slot.cursor - pack.samples_per_step),
+            epoch_step=(slot.step - 1) % per_epoch,
             images_per_second=images,
             seconds=seconds,
         )

@@ -1,28 +1,23 @@
-"""A run: its folder, the queue of packs still to train, saving and finishing them.
+"""A run: its folder, and the queue of packs still to train by all processes together.
 
-`open_run` makes every check that can refuse a run before it writes anything. Invariant: a subject
-is marked finished only when its result is in place, so a run that was killed at any moment goes on
-from its newest checkpoint and ends with the results of one that was not.
+`open_run` makes every check that can refuse a run before it writes anything.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 from disttrain import schema
 from disttrain.config import RunConfig
 from disttrain.engine.batch_size import settle_batch
-from disttrain.engine.checkpoint import newest_checkpoint, write_checkpoint
 from disttrain.engine.distributed import Mesh
-from disttrain.engine.metrics import MetricsLog
+from disttrain.engine.metrics import MetricsLog, StepRecord, tracker_values
 from disttrain.engine.optim import describe_learning_rate
 from disttrain.engine.pack import Pack
 from disttrain.engine.pictures import SubjectData, open_subject
-from disttrain.engine.previews import draw_previews
-from disttrain.engine.progress import Progress, join_names
+from disttrain.engine.progress import Progress
 from disttrain.engine.run_folder import (
     RunFolder,
     check_same_run,
@@ -30,153 +25,65 @@ from disttrain.engine.run_folder import (
     fresh_name,
     write_config,
 )
-from disttrain.engine.streams import StreamMaker, VaeEncoder
-from disttrain.engine.text_cache import cache_prompts
+from disttrain.engine.slot import Slot, alone
+from disttrain.engine.work import Work
 from disttrain.errors import ConfigError
 from disttrain.files import FolderLock, remove_temporaries, write_json
 from disttrain.methods import METHODS
 from disttrain.methods.base import token_warning
-from disttrain.methods.batch import Batcher, SubjectStreams, make_loader
-from disttrain.models.base import BaseModel, configured_base
+from disttrain.models.base import BaseModel
 
 
-class Run:
+class Run(Work):
     """One run on this rank."""
 
     def __init__(self, config: RunConfig, mesh: Mesh, progress: Progress) -> None:
-        self.config, self.mesh, self.progress = config, mesh, progress
-        self.folder = RunFolder(config.folder)
-        self.metrics = MetricsLog(self.folder)
+        super().__init__(config, mesh, progress)
+        self.metrics = MetricsLog(self.folder.metrics)
         self.done = self.folder.finished()
         self.queue = packs_to_train(config, self.done)
         self.data: dict[str, SubjectData] = {}
-        self.base: BaseModel | None = None
-        self.steps_before = 0
-        """Run steps of the packs before the current one: checkpoints are named by run step."""
 
     def check(self) -> None:
         """Find everything that is wrong with the base model or a subject's files."""
-        self.base = self._load_base()
-        for note in self.base.notes:
-            self.progress.warn(note)
-        METHODS[self.config.method.name].check(self.base, self.config)
-        if self.config.data.resolution % self.base.latent_scale:
-            raise ConfigError(
-                f"data.resolution: {self.config.data.resolution} is not a multiple of the base "
-                f"model's {self.base.latent_scale}"
-            )
+        self.base = self.load_base()
+        check_base(self.config, self.base, self.progress)
         waiting = {name for names in self.queue for name in names}
         for subject in self.config.subjects:
             if subject.name in waiting:
-                self.data[subject.name] = open_subject(self.config, subject, self.progress)
+                member = alone(self.config, subject)
+                self.data[subject.name] = open_subject(member, self.progress)
                 warning = token_warning(self.config, self.base.tokenizer, subject)
                 if warning:
                     self.progress.warn(warning)
 
-    def _load_base(self) -> BaseModel:
-        self.progress.say(f"loading base model {self.config.base_model}")
-        return configured_base(self.config)
-
     def make_pack(self, names: list[str]) -> Pack:
-        """The pack of these subjects, at the step of its newest checkpoint."""
-        base, self.base = self.base or self._load_base(), None
-        data = [self.data[name] for name in names]
-        maker = StreamMaker(self.config, self.mesh, base, self.progress)
-        streams, sources = maker.make(data)
-        pack = Pack(self.config, self.mesh, base, [item.settings for item in data])
-        cache_prompts(self.config, self.mesh, data, pack.contexts, self.progress)
-        pack.feed(self._batcher(pack, streams, maker.encoder), sources)
-        self._restore(pack)
+        """The pack of these subjects, at the steps of their newest checkpoints."""
+        pack = self.assemble([self.data[name] for name in names])
         if self.mesh.is_main:
-            steps = {**self.done, **dict.fromkeys(pack.names, pack.step)}
-            self.metrics.cut(steps)
-        if pack.step == 0 and self.config.train.sample_every:
-            self.preview(pack)
+            steps = {slot.name: slot.step for slot in pack.slots}
+            self.metrics.cut({**self.done, **steps})
         return pack
 
-    def _batcher(self, pack: Pack, streams: list[SubjectStreams], encoder: VaeEncoder) -> Batcher:
-        mesh, config = self.mesh, self.config
-        on_gpu = mesh.device.type == "cuda"
-        loader = make_loader(config, streams, mesh.rank, mesh.world, on_gpu, self._warn_here)
-        contexts = None if pack.method.trains_text else pack.contexts
-        encode = None if config.data.cache_latents else encoder
-        return Batcher(
-            config, pack.base, pack.method, streams, loader, contexts, encode, mesh.device
-        )
+    def mark_finished(self, done: Sequence[Slot]) -> None:
+        """Record subjects as finished in progress.json."""
+        self.folder.mark_finished({slot.name: slot.step for slot in done})
 
-    def _warn_here(self, text: str) -> None:
-        """A warning of this rank alone, which may be any."""
-        self.progress.warn_from(self.mesh.rank, text)
+    def after_end(self, pack: Pack, done: Sequence[Slot]) -> None:
+        """Finished subjects idle until the others are: with several processes tensors keep their
+        shape."""
+        super().after_end(pack, done)
+        self.done.update({slot.name: slot.step for slot in done})
 
-    def _restore(self, pack: Pack) -> None:
-        found = newest_checkpoint(self.folder.checkpoints)
-        if found is None:
-            return
-        path, checkpoint, damaged = found
-        for line in damaged:
-            self.progress.warn(f"passed over {line}")
-        if checkpoint.state["subjects"] != pack.names:
-            self.steps_before = checkpoint.state["run_step"]
-            return
-        pack.restore(checkpoint, str(path))
-        self.steps_before = checkpoint.state["run_step"] - pack.step
-        self.progress.say(f"going on from step {pack.step} ({path})")
+    def write_curve(self, name: str) -> None:
+        """Bring a subject's loss curve up to date."""
+        self.metrics.write_curve(name, self.folder.subject(name))
 
-    def save(self, pack: Pack) -> None:
-        """Write a checkpoint; every rank calls it, rank zero writes."""
-        state = pack.state()
-        run_step = self.steps_before + pack.step
-        checkpoint = replace(state, state={"run_step": run_step, **state.state})
-        keep = self.config.train.keep_checkpoints
-
-        def write() -> None:
-            write_checkpoint(self.folder.checkpoints, run_step, checkpoint, keep)
-            self.metrics.write_curves(pack.names)
-            with pack.averaged():
-                self._export(pack, "steps")
-
-        self.mesh.on_rank_zero(write)
-
-    def preview(self, pack: Pack) -> None:
-        """Draw preview pictures; every rank calls it, rank zero draws."""
-
-        def draw() -> None:
-            with pack.averaged():
-                draw_previews(pack, self.config, self.folder)
-
-        self.mesh.on_rank_zero(draw)
-
-    def _export(self, pack: Pack, where: str) -> None:
-        """Results as they stand: final ones, or small copies beside a checkpoint."""
-        for slot, name in enumerate(pack.names):
-            folder = self.folder.subject(name)
-            if where == "final":
-                pack.method.export(slot, folder, name, pack.step)
-            elif self.config.packable:
-                pack.method.export(slot, folder / "steps", f"{name}-{pack.step:08d}", pack.step)
-
-    def finish(self, pack: Pack) -> None:
-        """Save, export and mark a pack's subjects as finished."""
-        train = self.config.train
-        self.save(pack)
-        if train.sample_prompts and not (
-            train.sample_every and pack.step % train.sample_every == 0
-        ):
-            self.preview(pack)
-
-        def write() -> None:
-            with pack.averaged():
-                self._export(pack, "final")
-            self.folder.mark_finished(pack.names, pack.step)
-
-        self.mesh.on_rank_zero(write)
-        self.done.update(dict.fromkeys(pack.names, pack.step))
-        self.steps_before += pack.step
-
-    def track(self, values: dict[str, Any], step: int) -> None:
-        """Hand values to the trackers, if any were asked for."""
-        if self.config.train.trackers:
-            self.mesh.accelerator.log(values, step=step)
+    def log(self, records: Sequence[StepRecord]) -> None:
+        """Metrics of one update, and trackers if any were asked for."""
+        self.metrics.append(records)
+        if self.config.train.trackers and records:
+            self.mesh.accelerator.log(tracker_values(records), step=records[0].step)
 
     def report(self) -> None:
         """Say where the results lie."""
@@ -189,25 +96,28 @@ class Run:
                 self.progress.say(f"previews    {folder / 'samples'}")
 
 
-def packs_to_train(config: RunConfig, done: dict[str, int]) -> list[list[str]]:
-    """Names of the subjects still to train, by pack: all together, or one after another.
+def check_base(config: RunConfig, base: BaseModel, progress: Progress) -> None:
+    """Refuse settings that do not fit the base model; say what it leaves to be said.
 
     Raises:
-        ConfigError: finished subjects of a queue cannot go on when only the last one's state is
-            kept.
+        ConfigError: naming the key.
     """
+    for note in base.notes:
+        progress.warn(note)
+    METHODS[config.method.name].check(base, config)
+    if config.data.resolution % base.latent_scale:
+        raise ConfigError(
+            f"data.resolution: {config.data.resolution} is not a multiple of the base model's "
+            f"{base.latent_scale}"
+        )
+
+
+def packs_to_train(config: RunConfig, done: dict[str, int]) -> list[list[str]]:
+    """Names of the subjects still to train, by pack: all together, or one after another."""
     short = [s.name for s in config.subjects if done.get(s.name, 0) < config.train.max_steps]
     if config.together:
         return [short] if short else []
-    last = list(done)[-1] if done else None
-    lost = [name for name in short if name in done and name != last]
-    if lost:
-        raise ConfigError(
-            f"train.max_steps: {join_names(lost)} finished at {done[lost[0]]} steps and only the "
-            "last subject of a queue keeps its state; train it under another run name"
-        )
-    begun = [name for name in short if name in done]
-    return [[name] for name in [*begun, *(name for name in short if name not in done)]]
+    return [[name] for name in short]
 
 
 @contextmanager

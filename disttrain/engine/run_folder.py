@@ -71,14 +71,13 @@ class RunFolder:
         """A line per step and subject."""
         return self.path / "metrics.jsonl"
 
-    @property
-    def checkpoints(self) -> Path:
-        """Checkpoint folders."""
-        return self.path / "checkpoints"
-
     def subject(self, name: str) -> Path:
-        """Results of one subject."""
+        """Everything of one subject."""
         return self.path / "subjects" / name
+
+    def checkpoints(self, name: str) -> Path:
+        """Checkpoint folders of one subject."""
+        return self.subject(name) / "checkpoints"
 
     def finished(self) -> dict[str, int]:
         """Steps of each finished subject.
@@ -94,9 +93,9 @@ class RunFolder:
             raise DataError(f"{self.progress}: not a progress file; use --fresh")
         return steps
 
-    def mark_finished(self, names: list[str], steps: int) -> None:
-        """Record subjects as finished; their results are in place."""
-        write_json(self.progress, {"finished": {**self.finished(), **dict.fromkeys(names, steps)}})
+    def mark_finished(self, steps: dict[str, int]) -> None:
+        """Record subjects as finished at so many steps; their results are in place."""
+        write_json(self.progress, {"finished": {**self.finished(), **steps}})
 
 
 def fresh_name(config: RunConfig) -> RunConfig:

@@ -83,7 +83,7 @@ class StreamMaker:
             prior = None
             if class_source is not None:
                 prior = self._stream(data, "class", class_source)
-            streams.append(_with_prompts(self.config, data, instance, prior))
+            streams.append(_with_prompts(data, instance, prior))
             digests[data.settings.name] = digest_of(
                 [data.source.digest, *([class_source.digest] if class_source else [])]
             )
@@ -102,18 +102,18 @@ class StreamMaker:
         return JoinedSource(parts, prior.num_class_images)
 
     def _stream(self, data: SubjectData, name: str, source: Source) -> SampleStream:
-        subject, seed = data.settings.name, self.config.seed
-        step_size = self.config.data.global_batch_size
+        config = data.config
+        subject, seed, step_size = data.settings.name, config.seed, config.data.global_batch_size
         assert step_size is not None, "settle_batch fills it"
         own = name == "instance"
         order = (
             data.order(step_size) if own else SampleOrder(len(source.records), seed, subject, name)
         )
         damaged: dict[int, str] = {}
-        if self.config.data.cache_latents:
+        if config.data.cache_latents:
             # Class pictures come at the size of the subject's pictures beside them.
             caches = {
-                size: self._cache(source, size, _members(data, number) if own else None)
+                size: self._cache(config, source, size, _members(data, number) if own else None)
                 for number, size in enumerate(data.sizes)
             }
             # Normally the same on all ranks; a read that failed in passing would make them differ.
@@ -121,11 +121,11 @@ class StreamMaker:
                 damaged |= dict(sorted((i, why) for part in found for i, why in part.items()))
             pictures: Pictures = CachedLatents(caches, seed, (subject, name))
         else:
-            settings = self.config.data
+            settings = config.data
             pictures = DecodedPictures(
                 source, not settings.center_crop, settings.random_flip, seed, (subject, name)
             )
-        allowed = allowed_damage(self.config, source)
+        allowed = allowed_damage(config, source)
         if damaged:
             refuse_too_many(subject, list(damaged.values()), allowed, len(source.records))
             self.progress.warn(
@@ -136,8 +136,10 @@ class StreamMaker:
         stream.damaged.update(damaged)
         return stream
 
-    def _cache(self, source: Source, size: Size, samples: list[int] | None) -> LatentCache:
-        data = self.config.data
+    def _cache(
+        self, config: RunConfig, source: Source, size: Size, samples: list[int] | None
+    ) -> LatentCache:
+        data = config.data
         random = not data.center_crop
         crops = data.cached_crops if random else 1
         cache = LatentCache(
@@ -170,12 +172,15 @@ def _members(data: SubjectData, bucket: int) -> list[int] | None:
 
 
 def _with_prompts(
-    config: RunConfig, data: SubjectData, instance: SampleStream, prior: SampleStream | None
+    data: SubjectData, instance: SampleStream, prior: SampleStream | None
 ) -> SubjectStreams:
-    name = data.settings.name
+    config, name = data.config, data.settings.name
     class_text = data.plan.fill(data.settings.class_prompt)
 
     def prompt(position: int, picture: int) -> str:
         return data.plan.prompt(config.seed, name, position, data.caption(picture))
 
-    return SubjectStreams(instance, prompt, prior, (lambda *_: class_text) if prior else None)
+    if prior is None or config.prior is None:
+        return SubjectStreams(instance, prompt)
+    weight = config.prior.prior_loss_weight
+    return SubjectStreams(instance, prompt, prior, lambda *_: class_text, weight)

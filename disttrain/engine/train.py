@@ -16,6 +16,7 @@ from disttrain.engine.preemption import StopRequest
 from disttrain.engine.progress import Progress
 from disttrain.engine.recorder import Recorder
 from disttrain.engine.run import Run, open_run
+from disttrain.engine.work import Work
 from disttrain.errors import Interrupted
 
 
@@ -33,33 +34,32 @@ def train(config: RunConfig, fresh: bool = False) -> None:
 
 
 def train_subjects(run: Run, names: list[str]) -> None:
-    """One pack of the queue, from its pictures or its checkpoint to its results."""
+    """Some subjects of the queue, from their pictures or checkpoints to their results."""
     pack = run.make_pack(names)
     with pack.feeding():
         train_pack(run, pack)
-    run.finish(pack)
 
 
-def train_pack(run: Run, pack: Pack) -> None:
-    """Take a pack to `max_steps`, leaving checkpoints and previews on the way."""
-    mesh, settings = run.mesh, run.config.train
+def train_pack(run: Work, pack: Pack) -> None:
+    """Take every subject of a pack to its steps, leaving checkpoints and previews on the way."""
+    mesh, accumulation = run.mesh, run.config.train.gradient_accumulation_steps
     with StopRequest() as stop, Recorder(run, pack) as recorder:
-        while pack.step < settings.max_steps:
+        run.end_those_done(pack)
+        while pack.active:
             started = time.perf_counter()
             pack.begin_step()
-            losses = torch.zeros(len(pack.subjects), device=mesh.device)
-            for micro in range(settings.gradient_accumulation_steps):
+            losses = torch.zeros(len(pack.slots), device=mesh.device)
+            for micro in range(accumulation):
                 with mesh.accumulate(pack.denoiser):
                     micro_losses = pack.losses(micro)
                     mesh.backward(micro_losses.sum())
-                losses += micro_losses.detach() / settings.gradient_accumulation_steps
+                losses += micro_losses.detach() / accumulation
             *means, stopping = mesh.mean(stop.beside(losses)).tolist()
-            norms = pack.update(means)
-            recorder.record(means, norms, time.perf_counter() - started)
+            outcome = pack.update(means)
+            recorder.record(means, outcome, time.perf_counter() - started)
+            run.end_those_failed(pack, outcome.failed)
             if stopping:
-                run.save(pack)
-                raise Interrupted(f"stopped at step {pack.step}; the same command goes on there")
-            if pack.step % settings.checkpoint_every == 0:
-                run.save(pack)
-            if settings.sample_every and pack.step % settings.sample_every == 0:
-                run.preview(pack)
+                run.save(pack, pack.active)
+                raise Interrupted(f"{run.place_of(pack)}; the same command goes on there")
+            run.leave_marks(pack)
+            run.end_those_done(pack)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
 from disttrain.config import METHODS_WITH_CLASS_WORD, RunConfig, SubjectSettings
@@ -21,10 +21,9 @@ from disttrain.models.text import PromptTokenizer
 
 @dataclass(frozen=True)
 class ParameterGroup:
-    """Trainable tensors that share a base learning rate."""
+    """Trainable tensors of one part of the model, which share a learning rate."""
 
     name: str
-    learning_rate: float
     parameters: dict[str, nn.Parameter]
 
 
@@ -44,14 +43,24 @@ class Method(Protocol):
         """
         ...
 
-    def __init__(
-        self, base: BaseModel, config: RunConfig, subjects: Sequence[SubjectSettings]
-    ) -> None:
-        """Make the trainable tensors inside the parts of `base`; `check` has passed."""
+    def __init__(self, base: BaseModel, members: Sequence[RunConfig]) -> None:
+        """Make the trainable tensors inside the parts of `base`; `check` has passed.
+
+        Args:
+            members: the settings of each subject alone; they share base and method.
+        """
         ...
 
     def groups(self) -> list[ParameterGroup]:
         """The trainable tensors, by learning rate. Names are stable: checkpoints use them."""
+        ...
+
+    def initial(self, member: RunConfig) -> dict[str, Tensor]:
+        """What a subject's tensors begin with, `[1, ...]` by name; nothing for the base's own."""
+        ...
+
+    def arrange(self, members: Sequence[RunConfig]) -> None:
+        """These subjects are now in the slots; their tensors have been put in place."""
         ...
 
     def new_word(self, slot: int) -> str:

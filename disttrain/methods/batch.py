@@ -34,8 +34,10 @@ class SubjectStreams:
 
     instance: SampleStream
     instance_prompt: Prompt
-    prior: SampleStream | None
-    prior_prompt: Prompt | None
+    prior: SampleStream | None = None
+    prior_prompt: Prompt | None = None
+    prior_weight: float = 0.0
+    """Weight of the class pictures' loss."""
 
     @property
     def streams(self) -> list[SampleStream]:
@@ -44,7 +46,7 @@ class SubjectStreams:
 
 
 class Batcher:
-    """Makes the batch of any (cursor, micro-batch) of a pack.
+    """Makes the batch of any (cursors, micro-batch) of a pack.
 
     Args:
         loader: over the streams of all subjects.
@@ -81,12 +83,15 @@ class Batcher:
         own = [1.0 / size] * size
         if subject.prior is None:
             return own
-        assert self.config.prior is not None
-        return own + [self.config.prior.prior_loss_weight / size] * size
+        return own + [subject.prior_weight / size] * size
 
-    def batch(self, cursor: int, micro: int) -> dict[str, Tensor]:
-        """Tensors on the device, as `Denoiser.forward` documents them."""
-        rows, content = self.loader.rows((cursor, micro))
+    def batch(self, cursors: tuple[int, ...], micro: int) -> dict[str, Tensor]:
+        """Tensors on the device, as `Denoiser.forward` documents them.
+
+        Args:
+            cursors: how many pictures each subject has seen before this update.
+        """
+        rows, content = self.loader.rows((cursors, micro))
         moments = self._moments(content.to(self.device, non_blocking=True))
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         draws = [

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from disttrain.config import DreamboothSettings, FinetuneSettings, RunConfig, SubjectSettings
+from torch import Tensor
+
+from disttrain.config import DreamboothSettings, FinetuneSettings, RunConfig
 from disttrain.methods.base import ParameterGroup
 from disttrain.models.base import BaseModel
 from disttrain.models.text import PromptTokenizer
@@ -22,32 +24,36 @@ class Finetune:
     def check(base: BaseModel, config: RunConfig) -> None:
         """Nothing: every model can be trained whole."""
 
-    def __init__(
-        self, base: BaseModel, config: RunConfig, subjects: Sequence[SubjectSettings]
-    ) -> None:
-        settings = config.method
+    def __init__(self, base: BaseModel, members: Sequence[RunConfig]) -> None:
+        settings = members[0].method
         assert isinstance(settings, (DreamboothSettings, FinetuneSettings))
-        assert len(subjects) == 1, "a model that changes as a whole holds one subject"
-        self.base, self.config, self.subjects = base, config, subjects
+        self.base = base
         self.tokenizer = PromptTokenizer(base.tokenizer)
         self.trains_text = settings.train_text_encoder
         base.unet.requires_grad_(True)
         if settings.train_text_encoder:
             base.text_encoder.requires_grad_(True)
+        self.arrange(members)
 
     def groups(self) -> list[ParameterGroup]:
         """UNet and text encoder with their own learning rates."""
-        optim = self.config.optim
         unet = {f"unet.{name}": value for name, value in self.base.unet.named_parameters()}
-        found = [ParameterGroup("unet", optim.learning_rate, unet)]
+        found = [ParameterGroup("unet", unet)]
         if self.trains_text:
-            rate = optim.text_encoder_learning_rate or optim.learning_rate
             text = {
                 f"text_encoder.{name}": value
                 for name, value in self.base.text_encoder.named_parameters()
             }
-            found.append(ParameterGroup("text_encoder", rate, text))
+            found.append(ParameterGroup("text_encoder", text))
         return found
+
+    def initial(self, member: RunConfig) -> dict[str, Tensor]:
+        """Nothing: the model begins as the base is."""
+        return {}
+
+    def arrange(self, members: Sequence[RunConfig]) -> None:
+        """One subject, always the same: a model that changes as a whole holds no other."""
+        assert len(members) == 1
 
     def new_word(self, slot: int) -> str:
         """None: captions are made of words the vocabulary holds."""

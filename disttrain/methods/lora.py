@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from disttrain import randomness
-from disttrain.config import LoraSettings, RunConfig, SubjectSettings
+from disttrain.config import LoraSettings, RunConfig
 from disttrain.errors import ConfigError
 from disttrain.formats.lora import LoRALayer, write_lora
 from disttrain.methods.base import ParameterGroup
@@ -45,13 +45,10 @@ class Lora:
                         f"{key}: no linear layer's name ends in '{target}'; remove it"
                     )
 
-    def __init__(
-        self, base: BaseModel, config: RunConfig, subjects: Sequence[SubjectSettings]
-    ) -> None:
-        settings = config.method
+    def __init__(self, base: BaseModel, members: Sequence[RunConfig]) -> None:
+        settings = members[0].method
         assert isinstance(settings, LoraSettings)
-        self.config, self.settings, self.subjects = config, settings, subjects
-        self.family = base.family
+        self.settings, self.family = settings, base.family
         self.tokenizer = PromptTokenizer(base.tokenizer)
         self.trains_text = settings.train_text_encoder
         self.layers: dict[str, PackedLoRALinear] = {}
@@ -59,39 +56,50 @@ class Lora:
         if settings.train_text_encoder:
             targets = settings.text_encoder_target_modules
             self._attach("text_encoder", base.text_encoder, targets)
+        initial = [self.initial(member) for member in members]
+        for name, layer in self.layers.items():
+            for end, parameter in (("down", layer.down), ("up", layer.up)):
+                drawn = torch.cat([values[f"{name}.{end}"] for values in initial])
+                parameter.data = drawn.to(layer.weight.device)
+        self.arrange(members)
 
     def _attach(self, part: str, model: nn.Module, targets: tuple[str, ...]) -> None:
+        rank = self.settings.rank
         for name, linear in list(linear_layers(model, targets)):
-            full = f"{part}.{name}"
-            down = torch.stack([self._initial_down(s.name, full, linear) for s in self.subjects])
-            up = torch.zeros(len(self.subjects), linear.out_features, self.settings.rank)
-            device = linear.weight.device
-            layer = PackedLoRALinear(linear, down.to(device), up.to(device), self.settings.alpha)
+            down, up = (
+                torch.empty(0, rank, linear.in_features),
+                torch.empty(0, linear.out_features, rank),
+            )
+            layer = PackedLoRALinear(linear, down, up, self.settings.alpha)
             replace_layer(model, name, layer)
-            self.layers[full] = layer
+            self.layers[f"{part}.{name}"] = layer
 
-    def _initial_down(self, subject: str, layer: str, linear: nn.Linear) -> Tensor:
-        """Uniform in plus-minus 1 / sqrt(in), as the authors' own code starts it."""
-        source = randomness.generator(self.config.seed, (subject, "lora", layer))
-        drawn = source.random((self.settings.rank, linear.in_features), dtype=np.float32)
-        return torch.from_numpy((2 * drawn - 1) / linear.in_features**0.5)
+    def initial(self, member: RunConfig) -> dict[str, Tensor]:
+        """`down` uniform in plus-minus 1 / sqrt(in), as the authors' own code starts it; `up` 0."""
+        found = {}
+        for name, layer in self.layers.items():
+            source = randomness.generator(member.seed, (member.subjects[0].name, "lora", name))
+            _, rank, width = layer.down.shape
+            drawn = source.random((1, rank, width), dtype=np.float32)
+            found[f"{name}.down"] = torch.from_numpy((2 * drawn - 1) / width**0.5)
+            found[f"{name}.up"] = torch.zeros(1, layer.out_features, rank)
+        return found
+
+    def arrange(self, members: Sequence[RunConfig]) -> None:
+        """Remember whose changes lie in which slot."""
+        self.members = members
 
     def groups(self) -> list[ParameterGroup]:
         """UNet and text encoder changes with their own learning rates."""
-        optim = self.config.optim
-        rates = {
-            "unet": optim.learning_rate,
-            "text_encoder": optim.text_encoder_learning_rate or optim.learning_rate,
-        }
         found = []
-        for part, rate in rates.items():
+        for part in ("unet", "text_encoder"):
             parameters = {}
             for name, layer in self.layers.items():
                 if name.startswith(f"{part}."):
                     parameters[f"{name}.down"] = layer.down
                     parameters[f"{name}.up"] = layer.up
             if parameters:
-                found.append(ParameterGroup(part, rate, parameters))
+                found.append(ParameterGroup(part, parameters))
         return found
 
     def new_word(self, slot: int) -> str:
@@ -100,21 +108,21 @@ class Lora:
 
     def export(self, slot: int, folder: Path, stem: str, step: int) -> Path:
         """Write `STEM.safetensors` under the names that diffusers, the web UI and ComfyUI read."""
-        subject = self.subjects[slot]
+        member = self.members[slot]
         path = folder / f"{stem}.safetensors"
         layers = {
             name: LoRALayer(layer.down[slot].detach(), layer.up[slot].detach(), self.settings.alpha)
             for name, layer in self.layers.items()
         }
         metadata = {
-            "ss_output_name": subject.name,
+            "ss_output_name": member.subjects[0].name,
             "ss_base_model_version": {"sd1": "sd_v1", "sd2": "sd_v2"}[self.family],
             "ss_v2": str(self.family == "sd2"),
             "ss_network_module": "networks.lora",
             "ss_network_dim": str(self.settings.rank),
             "ss_network_alpha": str(self.settings.alpha),
-            "ss_sd_model_name": self.config.base_model,
-            "ss_resolution": str(self.config.data.resolution),
+            "ss_sd_model_name": member.base_model,
+            "ss_resolution": str(member.data.resolution),
             "ss_steps": str(step),
         }
         write_lora(path, layers, metadata)

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from disttrain.config import RunConfig, SubjectSettings, TextualInversionSettings
+from disttrain.config import RunConfig, TextualInversionSettings
 from disttrain.errors import ConfigError
 from disttrain.formats.embedding import write_embedding
 from disttrain.methods.base import ParameterGroup
@@ -42,34 +42,44 @@ class TextualInversion:
             text = settings.init_text
             raise ConfigError(f"method.init_text: {text!r} has no words; leave it empty for zeros")
 
-    def __init__(
-        self, base: BaseModel, config: RunConfig, subjects: Sequence[SubjectSettings]
-    ) -> None:
-        settings = config.method
+    def __init__(self, base: BaseModel, members: Sequence[RunConfig]) -> None:
+        settings = members[0].method
         assert isinstance(settings, TextualInversionSettings)
-        self.config, self.subjects = config, subjects
-        plain = PromptTokenizer(base.tokenizer)
+        self.plain = PromptTokenizer(base.tokenizer)
         self.tokenizer = PromptTokenizer(base.tokenizer, settings.num_vectors)
-        vocabulary = vocabulary_of(base.text_encoder)
-        start = initial_vectors(vocabulary.weight, plain, settings.init_text, settings.num_vectors)
-        rows = start.expand(len(subjects), -1, -1).clone().float()
-        self.embedding = PackedTokenEmbedding(vocabulary, rows, self.tokenizer.first_id)
+        self.vocabulary = vocabulary_of(base.text_encoder)
+        rows = torch.cat([self.initial(member)["tokens"] for member in members])
+        self.embedding = PackedTokenEmbedding(self.vocabulary, rows, self.tokenizer.first_id)
         base.text_encoder.set_input_embeddings(self.embedding)
+        self.arrange(members)
 
     def groups(self) -> list[ParameterGroup]:
         """One group with one tensor, `[S, vectors, width]`."""
-        parameters = {"tokens": self.embedding.rows}
-        return [ParameterGroup("tokens", self.config.optim.learning_rate, parameters)]
+        return [ParameterGroup("tokens", {"tokens": self.embedding.rows})]
+
+    def initial(self, member: RunConfig) -> dict[str, Tensor]:
+        """The vectors of the initial text, `[1, vectors, width]`."""
+        settings = member.method
+        assert isinstance(settings, TextualInversionSettings)
+        start = initial_vectors(
+            self.vocabulary.weight, self.plain, settings.init_text, settings.num_vectors
+        )
+        return {"tokens": start[None].float()}
+
+    def arrange(self, members: Sequence[RunConfig]) -> None:
+        """Remember whose vectors lie in which slot."""
+        self.members = members
 
     def new_word(self, slot: int) -> str:
         """The subject's token."""
-        return self.subjects[slot].token
+        return self.members[slot].subjects[0].token
 
     def export(self, slot: int, folder: Path, stem: str, step: int) -> Path:
         """Write `STEM.safetensors`: the vectors under the token's name."""
-        subject = self.subjects[slot]
+        member = self.members[slot]
+        subject = member.subjects[0]
         path = folder / f"{stem}.safetensors"
-        metadata = {"step": str(step), "base_model": self.config.base_model}
+        metadata = {"step": str(step), "base_model": member.base_model}
         write_embedding(path, subject.token, self.embedding.rows[slot].detach(), metadata)
         return path
 

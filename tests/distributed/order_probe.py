@@ -28,7 +28,7 @@ def sequence(index: Path, workers: int, share: Share) -> list[list[int]]:
     count = len(source.records)
     stream = SampleStream("fox", "instance", 3, count, order, pictures, [(8, 8)], 0)
     loader = SampleLoader([[stream]], share, workers)
-    turns = share.turns((0, 0))
+    turns = share.turns(((0,), 0))
     found = []
     for _ in range(STEPS):
         rows, _ = loader.rows(next(turns))

@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_command, small_config, train_here, write_config
+from conftest import ROOT, checkpoints, run_command, small_config, train_here, write_config
 from distributed.test_world import free_port
 from pictures import uneven_shards
 
-from disttrain.engine.checkpoint import list_checkpoints
 from disttrain.files import read_tensors
 
 TORCHRUN = [Path(sys.executable).parent / "torchrun"]
@@ -98,7 +97,7 @@ def test_a_run_goes_on_with_another_world(
     assert code == 0, said[-3000:]
     assert "going on from step 2" in said
     left, right = (
-        read_tensors(list_checkpoints(run / "checkpoints")[-1] / "trainables.safetensors")
+        read_tensors(checkpoints(run)[-1] / "trainables.safetensors")
         for run in (output / "lora", undisturbed)
     )
     difference = max((left[name] - right[name]).abs().max().item() for name in left)

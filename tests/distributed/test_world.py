@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import METHODS, ROOT, run_command, small_config, train_here, write_config
+from conftest import METHODS, ROOT, checkpoints, run_command, small_config, train_here, write_config
 
-from disttrain.engine.checkpoint import list_checkpoints
 from disttrain.files import read_tensors
 
 BIN = Path(sys.executable).parent
@@ -75,7 +74,7 @@ def test_two_processes_equal_one(
     two = tmp_path / method
     assert json.loads((two / "environment.json").read_text())["world_size"] == 2
     left, right = (
-        read_tensors(list_checkpoints(run / "checkpoints")[-1] / "trainables.safetensors")
+        read_tensors(checkpoints(run)[-1] / "trainables.safetensors")
         for run in (one_process[method], two)
     )
     assert left.keys() == right.keys()

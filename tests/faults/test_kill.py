@@ -11,9 +11,16 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import METHODS, ROOT, clean_environment, disttrain, small_config, write_config
+from conftest import (
+    METHODS,
+    ROOT,
+    checkpoints,
+    clean_environment,
+    disttrain,
+    small_config,
+    write_config,
+)
 
-from disttrain.engine.checkpoint import list_checkpoints
 from disttrain.files import sha256_file
 
 STEPS = 40
@@ -44,7 +51,7 @@ def signal_at_step(process: subprocess.Popen[str], run: Path, step: int, number:
 
 def digests(run: Path) -> dict[str, str]:
     """What must be equal: the last checkpoint's tensors, and the results."""
-    newest = list_checkpoints(run / "checkpoints")[-1]
+    newest = checkpoints(run)[-1]
     assert newest.name == f"step-{STEPS:08d}"
     paths = [newest / "trainables.safetensors", newest / "optimizer.safetensors"]
     paths += sorted((run / "subjects").rglob("*.safetensors"))
@@ -67,7 +74,7 @@ def test_sigkill_between_checkpoints_changes_nothing(method: str, tmp_path: Path
     signal_at_step(process, run, 13, signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    newest = list_checkpoints(run / "checkpoints")[-1].name
+    newest = checkpoints(run)[-1].name
     assert newest != f"step-{STEPS:08d}", "the kill came too late to prove anything"
     (run / "subjects/fox/.model.planted.tmp").mkdir(parents=True)
     resumed = disttrain("train", config)
@@ -106,7 +113,7 @@ def test_a_run_with_workers_ends_as_if_it_had_not_stopped(tmp_path: Path, number
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (75 if number == signal.SIGTERM else -number), errors
     assert "Traceback" not in errors
-    assert list_checkpoints(run / "checkpoints")[-1].name != f"step-{STEPS:08d}"
+    assert checkpoints(run)[-1].name != f"step-{STEPS:08d}"
     assert disttrain("train", config).returncode == 0
     end, expected = digests(run), digests(tmp_path / "whole/lora")
     assert {name: end[name] for name in expected} == expected
@@ -124,7 +131,7 @@ def test_a_signal_saves_and_exits_and_the_run_goes_on(tmp_path: Path, number: in
     assert process.returncode == 75, errors
     assert "stopped at step" in errors
     assert "Traceback" not in errors
-    newest = int(list_checkpoints(run / "checkpoints")[-1].name.split("-")[1])
+    newest = int(checkpoints(run)[-1].name.split("-")[1])
     assert 11 <= newest < STEPS
     assert disttrain("train", config).returncode == 0
     assert digests(run).keys() >= digests(tmp_path / "whole/textual_inversion").keys()

@@ -1,0 +1,197 @@
+"""What a process does with packs: makes them, saves them, ends their subjects with a result.
+
+Shared by a run, whose processes train one pack together, and by a worker of a fleet, which has its
+own. Invariant: a subject is called finished only when its result is in place, so whoever was killed
+at any moment goes on from its newest checkpoint and ends with the result of one that was not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from disttrain.config import RunConfig
+from disttrain.engine.checkpoint import Checkpoint, newest_checkpoint, write_checkpoint
+from disttrain.engine.distributed import Mesh
+from disttrain.engine.metrics import StepRecord
+from disttrain.engine.pack import Pack
+from disttrain.engine.pictures import SubjectData
+from disttrain.engine.previews import draw_previews
+from disttrain.engine.progress import Progress
+from disttrain.engine.run_folder import RunFolder
+from disttrain.engine.slot import Slot
+from disttrain.engine.streams import StreamMaker, VaeEncoder
+from disttrain.engine.text_cache import cache_prompts
+from disttrain.errors import CheckpointError, TrainingFailed
+from disttrain.methods.batch import Batcher, make_loader
+from disttrain.models.base import BaseModel, configured_base
+
+
+class Work:
+    """The packs of one process. `config` is what its subjects share."""
+
+    def __init__(self, config: RunConfig, mesh: Mesh, progress: Progress) -> None:
+        self.config, self.mesh, self.progress = config, mesh, progress
+        self.folder = RunFolder(config.folder)
+        self.base: BaseModel | None = None
+        """Freshly loaded; the next pack takes it."""
+
+    def load_base(self) -> BaseModel:
+        """The configured base model, as it is before a method changes it."""
+        base, self.base = self.base, None
+        if base is None:
+            self.progress.say(f"loading base model {self.config.base_model}")
+            base = configured_base(self.config)
+        return base
+
+    def assemble(self, data: Sequence[SubjectData]) -> Pack:
+        """The pack of these subjects, each at the step of its newest checkpoint."""
+        base = self.load_base()
+        maker = StreamMaker(self.config, self.mesh, base, self.progress)
+        slots = self.make_slots(maker, data)
+        pack = Pack(self.config, self.mesh, base, slots)
+        cache_prompts(self.config, self.mesh, data, pack.contexts, self.progress)
+        self.place(pack, slots, [self.saved_state(slot) for slot in slots], maker.encoder)
+        if self.config.train.sample_every and any(slot.step == 0 for slot in slots):
+            self.preview(pack, [slot for slot in slots if slot.step == 0])
+        return pack
+
+    def make_slots(self, maker: StreamMaker, data: Sequence[SubjectData]) -> list[Slot]:
+        """Slots of subjects with their data, at their start."""
+        streams, sources = maker.make(data)
+        return [
+            Slot(one.config, stream, sources[one.settings.name])
+            for one, stream in zip(data, streams, strict=True)
+        ]
+
+    def place(
+        self,
+        pack: Pack,
+        slots: Sequence[Slot],
+        states: Sequence[Checkpoint | None],
+        encoder: VaeEncoder,
+    ) -> None:
+        """Fill a pack with these slots in these states, and connect their data."""
+        config, mesh = self.config, self.mesh
+        pack.arrange(slots, states)
+        streams = [slot.streams for slot in slots]
+        on_gpu = mesh.device.type == "cuda"
+        loader = make_loader(config, streams, mesh.rank, mesh.world, on_gpu, self._warn_here)
+        contexts = None if pack.method.trains_text else pack.contexts
+        encode = None if config.data.cache_latents else encoder
+        device = mesh.device
+        pack.feed(
+            Batcher(config, pack.base, pack.method, streams, loader, contexts, encode, device)
+        )
+
+    def _warn_here(self, text: str) -> None:
+        """A warning of this rank alone, which may be any."""
+        self.progress.warn_from(self.mesh.rank, text)
+
+    def saved_state(self, slot: Slot) -> Checkpoint | None:
+        """A subject's newest whole checkpoint."""
+        folder = self.folder.checkpoints(slot.name)
+        found = newest_checkpoint(folder)
+        if found is None:
+            return None
+        path, checkpoint, damaged = found
+        for line in damaged:
+            self.progress.warn(f"passed over {line}")
+        if checkpoint.state["subject"] != slot.name:
+            raise CheckpointError(f"{path}: belongs to {checkpoint.state['subject']}")
+        step = checkpoint.state["step"]
+        self.progress.say(f"{slot.name}: going on from step {step} ({path})")
+        return checkpoint
+
+    def save(self, pack: Pack, slots: Sequence[Slot]) -> None:
+        """Write checkpoints of some slots; every rank calls it, rank zero writes."""
+        chosen = [(i, slot) for i, slot in enumerate(pack.slots) if slot in slots]
+        states = [(i, slot, pack.state_of(i)) for i, slot in chosen]
+        keep = self.config.train.keep_checkpoints
+
+        def write() -> None:
+            for _, slot, state in states:
+                write_checkpoint(self.folder.checkpoints(slot.name), slot.step, state, keep)
+                self.write_curve(slot.name)
+            if self.config.packable:
+                with pack.averaged():
+                    for i, slot, _ in states:
+                        folder = self.folder.subject(slot.name) / "steps"
+                        pack.method.export(i, folder, f"{slot.name}-{slot.step:08d}", slot.step)
+
+        self.mesh.on_rank_zero(write)
+
+    def preview(self, pack: Pack, slots: Sequence[Slot]) -> None:
+        """Draw preview pictures of some slots; every rank calls it, rank zero draws."""
+
+        def draw() -> None:
+            with pack.averaged():
+                draw_previews(pack, slots, self.config, self.folder)
+
+        self.mesh.on_rank_zero(draw)
+
+    def leave_marks(self, pack: Pack) -> None:
+        """Checkpoints and previews that are due after an update, but for those at their end."""
+        train = self.config.train
+        going_on = [slot for slot in pack.active if not slot.done]
+        due = [slot for slot in going_on if slot.step % train.checkpoint_every == 0]
+        if due:
+            self.save(pack, due)
+        shown = [s for s in pack.active if train.sample_every and s.step % train.sample_every == 0]
+        if shown:
+            self.preview(pack, shown)
+
+    def end_those_done(self, pack: Pack) -> None:
+        """Results of the subjects that have taken all their steps; they leave, or wait."""
+        done = [slot for slot in pack.active if slot.done]
+        if not done:
+            return
+        train = self.config.train
+        self.save(pack, done)
+        unseen = [s for s in done if not (train.sample_every and s.step % train.sample_every == 0)]
+        if train.sample_prompts and unseen:
+            self.preview(pack, unseen)
+
+        def write() -> None:
+            with pack.averaged():
+                for i, slot in enumerate(pack.slots):
+                    if slot in done:
+                        folder = self.folder.subject(slot.name)
+                        pack.method.export(i, folder, slot.name, slot.step)
+            self.mark_finished(done)
+
+        self.mesh.on_rank_zero(write)
+        self.after_end(pack, done)
+
+    def end_those_failed(self, pack: Pack, failed: Sequence[int]) -> None:
+        """A loss or gradient was not finite: a run ends, as one cause may be in all.
+
+        Raises:
+            TrainingFailed: naming the subjects.
+        """
+        if failed:
+            lines = "; ".join(pack.describe_failure(i) for i in failed)
+            raise TrainingFailed(
+                f"{lines}. Look at the pictures and run again, or use --fresh with a lower "
+                "learning rate"
+            )
+
+    def place_of(self, pack: Pack) -> str:
+        """Where a pack that was asked to stop stands."""
+        return f"stopped at step {max(slot.step for slot in pack.active)}"
+
+    def after_end(self, pack: Pack, done: Sequence[Slot]) -> None:
+        """What becomes of the slots of finished subjects: they idle until the pack ends."""
+        for slot in done:
+            slot.idle = True
+
+    def mark_finished(self, done: Sequence[Slot]) -> None:
+        """Record subjects as finished; their results are in place. Rank zero calls it."""
+        raise NotImplementedError
+
+    def write_curve(self, name: str) -> None:
+        """Bring a subject's loss curve up to date. Rank zero calls it."""
+        raise NotImplementedError
+
+    def log(self, records: Sequence[StepRecord]) -> None:
+        """Keep the records of one update. Rank zero calls it."""
+        raise NotImplementedError

@@ -15,11 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from disttrain import __version__
-from disttrain.errors import EXIT_DONE, EXIT_USER_ERROR, UserError
+from disttrain.errors import EXIT_DONE, EXIT_TRAINING_FAILED, EXIT_USER_ERROR, UserError
 
 EXAMPLES = {
     "train": "disttrain train configs/lora.yaml train.max_steps=200 subjects.0.token=ohwx",
     "cache": "disttrain cache configs/finetune.yaml",
+    "fleet": "disttrain fleet examples/fleet.csv configs/lora.yaml name=examples",
     "shard": "disttrain shard examples/subjects/fox shards/fox --max-size 100MB",
     "sample": 'disttrain sample runs/fox-lora --prompt "a photo of {token} {class_name}"',
     "doctor": "disttrain doctor",
@@ -39,6 +40,7 @@ def build_parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     _add_train(commands)
+    _add_fleet(commands)
     _add_shard(commands)
     _add_sample(commands)
     _command(commands, "doctor", "show versions, devices and what is missing")
@@ -64,6 +66,26 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("config", type=Path, metavar="CONFIG", help="YAML file, see configs/")
     parser.add_argument(
         "overrides", nargs="*", default=[], metavar="section.key=value", help="settings to change"
+    )
+
+
+def _add_fleet(commands: _Commands[argparse.ArgumentParser]) -> None:
+    fleet = _command(commands, "fleet", "train many subjects of a manifest, packed and in parallel")
+    fleet.add_argument(
+        "manifest",
+        nargs="?",
+        type=Path,
+        metavar="MANIFEST",
+        help="CSV, JSONL or YAML with a row for each subject, or a folder of folders",
+    )
+    fleet.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="YAML file")
+    fleet.add_argument(
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="settings to change"
+    )
+    fleet.add_argument("--status", type=Path, metavar="RUN", help="show how a fleet stands")
+    fleet.add_argument("--retry-failed", action="store_true", help="try failed subjects again")
+    fleet.add_argument(
+        "--dry-run", action="store_true", help="check and print the subjects, write nothing"
     )
 
 
@@ -123,7 +145,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code."""
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
-    if options.command in ("train", "cache"):  # overrides may also stand after an option
+    if options.command in ("train", "cache", "fleet"):  # overrides may also stand after an option
         words = [word for word in rest if not word.startswith("-")]
         options.overrides = [*options.overrides, *words]
         rest = [word for word in rest if word.startswith("-")]
@@ -170,6 +192,34 @@ def _cache(options: argparse.Namespace) -> int:
 
     fill_caches(config)
     return EXIT_DONE
+
+
+def _fleet(options: argparse.Namespace) -> int:
+    if options.status is not None:
+        from disttrain.engine.claims import Claims
+        from disttrain.engine.distributed import WorkerPlace
+        from disttrain.engine.fleet import status_lines
+        from disttrain.engine.fleet_folder import FleetFolder
+
+        folder = FleetFolder(options.status)
+        claims = Claims(folder.claims, 0, WorkerPlace(0, 1), static=False)
+        for line in status_lines(folder, claims):
+            print(line)
+        return EXIT_DONE
+    if options.manifest is None or options.config is None:
+        raise UserError("fleet: give MANIFEST and CONFIG, or --status RUN")
+    from disttrain import schema
+    from disttrain.manifest import read_manifest
+
+    tree = schema.apply_overrides(schema.read_mapping(options.config), options.overrides)
+    members = read_manifest(options.manifest, tree)
+    from disttrain.engine.fleet import fleet_plan, train_fleet
+
+    if options.dry_run:
+        for line in fleet_plan(members):
+            print(line)
+        return EXIT_DONE
+    return EXIT_TRAINING_FAILED if train_fleet(members, options.retry_failed) else EXIT_DONE
 
 
 def _shard(options: argparse.Namespace) -> int:
@@ -293,6 +343,7 @@ def _keys(options: argparse.Namespace) -> int:
 COMMANDS = {
     "train": _train,
     "cache": _cache,
+    "fleet": _fleet,
     "shard": _shard,
     "sample": _sample,
     "doctor": _doctor,

@@ -251,6 +251,19 @@ class TrainSettings:
 
 
 @dataclass(frozen=True)
+class FleetSettings:
+    """Many subjects from a manifest, spread over workers (`disttrain fleet`)."""
+
+    pack_size: Literal["auto"] | int = "auto"
+    """Subjects that a worker trains together; auto: as many as memory allows, 32 at most."""
+    claim: Literal["lease", "static"] = "lease"
+    """How workers share the subjects: each claims the next ones from the shared run folder; or, on
+    file systems without reliable locks, worker i of n takes every n-th."""
+    lease_seconds: int = 60
+    """A worker that gave no sign for so long has lost its subjects to whoever asks next."""
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """One run: a base model, a method, and the subjects to teach."""
 
@@ -268,6 +281,8 @@ class RunConfig:
     """How pictures become batches."""
     captions: CaptionSettings = field(default_factory=CaptionSettings)
     """What the words of a picture are."""
+    fleet: FleetSettings = field(default_factory=FleetSettings)
+    """Many subjects from a manifest."""
     output_dir: str = "runs"
     """Folder that holds run folders, and the cache of latents they share."""
     base_model: str = "tiny"

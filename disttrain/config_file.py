@@ -119,6 +119,7 @@ def _lower_bounds(config: RunConfig) -> list[tuple[str, float, float]]:
         ("data.num_workers", data.num_workers or 0, 0),
         ("data.shuffle_window", data.shuffle_window, 0),
         ("captions.keep_tags", config.captions.keep_tags, 0),
+        ("fleet.lease_seconds", config.fleet.lease_seconds, 5),
         ("optim.lr_warmup_steps", optim.lr_warmup_steps, 0),
         ("optim.max_grad_norm", optim.max_grad_norm, 0),
         ("optim.weight_decay", config.weight_decay, 0),
@@ -131,6 +132,8 @@ def _lower_bounds(config: RunConfig) -> list[tuple[str, float, float]]:
         ("train.sample_guidance_scale", train.sample_guidance_scale, 1),
         ("train.sample_seed", train.sample_seed, 0),
     ]
+    if isinstance(config.fleet.pack_size, int):
+        bounds.append(("fleet.pack_size", config.fleet.pack_size, 1))
     if data.global_batch_size is not None:
         bounds.append(("data.global_batch_size", data.global_batch_size, 1))
     method = config.method

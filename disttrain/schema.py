@@ -185,7 +185,11 @@ def _convert_union(hint: Any, value: Any, where: str) -> Any:
         return None
     tagged = {tag: member for member in members for tag in _tags(member)}
     if not tagged:
-        return convert(next(member for member in members if member is not type(None)), value, where)
+        plain = [member for member in members if member is not type(None)]
+        words = [word for member in plain for word in typing.get_args(member)]
+        if value in words:  # a word such as "auto" beside a number
+            return value
+        return convert(next(m for m in plain if not typing.get_args(m)), value, where)
     if not isinstance(value, Mapping) or "name" not in value:
         raise ConfigError(f"{where}.name: missing; choose one of {', '.join(tagged)}")
     name = value["name"]

@@ -22,6 +22,7 @@ from braceexpand import braceexpand
 from disttrain import files
 from disttrain.data import images, storage
 from disttrain.data.index import SampleRow, ShardEntry, ShardIndex, write_index
+from disttrain.data.plain_files import writing
 from disttrain.data.shard_cache import ShardCache
 from disttrain.data.tar_samples import CAPTION_KEY, TarReader
 from disttrain.data.workers import Counter, Progress, in_order
@@ -66,7 +67,8 @@ def index_tars(
         progress: told tars done and in all.
 
     Raises:
-        DataError: a tar is missing, damaged or unsafe (see `tars.walk`), or none has a picture.
+        DataError: a tar is missing, damaged or unsafe (see `tars.walk`), none has a picture, or the
+            index cannot be written.
     """
     counter = Counter(len(places), progress)
     reader = TarReader(index.parent, thorough, caption_key, counter.stop)
@@ -89,7 +91,8 @@ def index_tars(
                 if rows:
                     yield entry, rows
 
-    write_index(index, usable())
+    with writing(index):
+        write_index(index, usable())
     return IndexReport(index, total, skipped)
 
 

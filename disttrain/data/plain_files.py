@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from disttrain.errors import DataError
@@ -51,6 +53,19 @@ def read_bounded(path: Path, limit: int) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: {error.strerror or error}") from error
+
+
+@contextmanager
+def writing(place: Path) -> Iterator[None]:
+    """Say of a place where the block writes what went wrong there: no space, no permission.
+
+    Raises:
+        DataError: for any OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise DataError(f"{place}: cannot be written ({error.strerror or error})") from error
 
 
 def decode_text(data: bytes, where: str) -> str:

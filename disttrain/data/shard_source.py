@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 import numpy as np
 
@@ -64,8 +64,8 @@ class ShardSource:
         self._failed: dict[int, tuple[float, str]] = {}
         self._fetched_anew: set[int] = set()
 
-    def __reduce__(self) -> tuple[type[ShardSource], tuple[Path, SourceOptions, str | None]]:
-        return ShardSource, (self.index.path, self._options, self.index.origin)
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return _reopened, (self.index.path, self._options, self.index.origin, self.digest)
 
     def shapes(self) -> np.ndarray:
         """Height and width in pixels of every sample after orientation: int32 [N, 2]."""
@@ -161,6 +161,32 @@ def fetched_source(url: str, options: SourceOptions) -> ShardSource:
     except DataError:
         path.unlink(missing_ok=True)  # it may have been cut on the way
         raise
+
+
+def _reopened(
+    path: Path, options: SourceOptions, origin: str | None, digest: str
+) -> ShardSource | _ChangedSource:
+    """A source in another process; the index may have been replaced before that opened it."""
+    try:
+        source = ShardSource(path, options, origin)
+    except DataError as error:
+        return _ChangedSource(str(error))
+    if source.digest == digest:
+        return source
+    return _ChangedSource(f"{source.where}: changed since the run began; start the run again")
+
+
+class _ChangedSource:
+    """Stands in for a source that cannot be had any more: only says so when it is read."""
+
+    def __init__(self, reason: str) -> None:
+        self._reason = reason
+
+    def read(self, index: int) -> bytes:
+        """Raises DataError."""
+        raise DataError(self._reason)
+
+    read_mask = read
 
 
 def _cache(options: SourceOptions, where: str) -> ShardCache:

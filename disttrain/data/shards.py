@@ -27,7 +27,7 @@ from disttrain.data.folder import (
 )
 from disttrain.data.index import MaskPlace, SampleRow, ShardEntry, write_index
 from disttrain.data.indexing import IndexReport, expand_patterns, index_tars, verify
-from disttrain.data.plain_files import open_plain, read_bounded
+from disttrain.data.plain_files import open_plain, read_bounded, writing
 from disttrain.data.source import INDEX_NAME
 from disttrain.data.tar_samples import METADATA_LIMIT
 from disttrain.data.workers import Counter, Progress, Stopped, in_order
@@ -62,7 +62,7 @@ def write_shards(
 
     Raises:
         DataError: a picture or caption cannot be read (finished shards stay), or the destination
-            holds other shards.
+            holds other shards or cannot be written.
         UserError: another process is writing there.
     """
     assert samples_per_shard > 0
@@ -73,7 +73,8 @@ def write_shards(
     if destination.resolve() == source.resolve():
         raise DataError(f"{destination}: shards need a folder of their own")
     _refuse_equal_keys(listing)
-    lock = files.FolderLock(destination)
+    with writing(destination):
+        lock = files.FolderLock(destination)
     try:
         _remove_temporaries(destination)
         counter = Counter(len(listing.pictures), progress)
@@ -84,7 +85,7 @@ def write_shards(
             names.add(plan.name)
             return _finish_shard(plan, destination / plan.name, thorough, counter)
 
-        with closing(in_order(work, plans, workers, counter.stop)) as shards:
+        with writing(destination), closing(in_order(work, plans, workers, counter.stop)) as shards:
             write_index(destination / INDEX_NAME, _without_strangers(shards, destination, names))
     finally:
         lock.release()

@@ -39,6 +39,12 @@ def given_class_images(config: RunConfig, subject: SubjectSettings) -> Source | 
     return open_source(subject.class_images, source_options(config))
 
 
+def class_images_lock(config: RunConfig, subject: SubjectSettings) -> Path:
+    """Lock file of a class's pictures, for workers that do not draw them together."""
+    prompt = prompt_plan(config, subject).fill(subject.class_prompt)
+    return config.cache_folder / "class_images" / f".{digest_of(prompt)[:24]}.lock"
+
+
 def class_image_folder(
     config: RunConfig,
     mesh: Mesh,

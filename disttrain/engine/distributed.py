@@ -13,6 +13,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,7 +35,42 @@ from disttrain.config import RunConfig
 from disttrain.errors import ConfigError, DataError, UserError
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+LAUNCHER_NAMES = {
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+    *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+}
 Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class WorkerPlace:
+    """Which of how many workers this process is."""
+
+    number: int
+    count: int
+
+
+def leave_launcher() -> WorkerPlace:
+    """Make this process a world of its own, whatever started it: torchrun, accelerate launch, an
+    array job. Call before anything asks for a GPU.
+
+    Workers of a fleet send each other nothing, so none waits for, or dies with, another. On a
+    machine with several GPUs each takes the one of its local rank.
+    """
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    task = int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
+    task -= int(os.environ.get("SLURM_ARRAY_TASK_MIN", "0"))
+    tasks = int(os.environ.get("SLURM_ARRAY_TASK_COUNT", "1"))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    for name in list(os.environ):
+        if name in LAUNCHER_NAMES or name.startswith("TORCHELASTIC_"):
+            del os.environ[name]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = visible.split(",") if visible else []
+    if world > 1 and (devices or torch.cuda.device_count() > 1):
+        devices = devices or [str(i) for i in range(torch.cuda.device_count())]
+        os.environ["CUDA_VISIBLE_DEVICES"] = devices[local % len(devices)]
+    return WorkerPlace(task * world + rank, tasks * world)
 
 
 class Mesh:

@@ -87,7 +87,7 @@ def open_subject(config: RunConfig, progress: Progress) -> SubjectData:
         progress.warn(f"passed over: {line}")
     captions = any(record.caption is not None for record in source.records[:LOOKED_AT])
     if captions and not plan.uses_captions:
-        progress.warn(
+        progress.hint(
             f"subject {subject.name}: captions are not used; "
             "put {caption} into instance_prompt, or choose a template with [filewords]"
         )
@@ -117,19 +117,20 @@ def _say_how_epochs_end(data: SubjectData, progress: Progress) -> None:
     if isinstance(order, BucketOrder):
         pictures = zip(data.sizes, order.counts.tolist(), strict=True)
         listed = ", ".join(f"{width}x{height}: {n}" for (height, width), n in pictures)
-        progress.say(f"subject {name}: pictures by size {listed}")
+        if progress.details:
+            progress.say(f"subject {name}: pictures by size {listed}")
         if order.repeated:
-            progress.warn(
+            progress.hint(
                 f"subject {name}: {order.repeated} of {order.length} places of an epoch repeat a "
                 "picture, to fill the last step of each size"
             )
     elif order.length < count:
-        progress.say(
+        progress.hint(
             f"subject {name}: each epoch leaves out {count - order.length} of {count} pictures, "
             "other ones each time (data.epoch_end)"
         )
     elif count % step_size:
-        progress.warn(
+        progress.hint(
             f"subject {name}: {count} pictures do not divide by the {step_size} of an optimizer "
             "step; a step may hold pictures of two epochs"
         )

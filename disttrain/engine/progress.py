@@ -22,10 +22,11 @@ class Progress:
 
     Args:
         shown: False on every other rank.
+        details: False leaves out hints and counters, which a fleet would have by the hundred.
     """
 
-    def __init__(self, shown: bool) -> None:
-        self.shown = shown
+    def __init__(self, shown: bool, details: bool = True) -> None:
+        self.shown, self.details = shown, details
         self.live = shown and sys.stdout.isatty()
         self.console = Console(highlight=False, soft_wrap=True)
         self.bar: RichProgress | None = None
@@ -44,6 +45,11 @@ class Progress:
         """One line that a person should not miss."""
         self.say(f"warning: {text}")
 
+    def hint(self, text: str) -> None:
+        """A warning that can be left out."""
+        if self.details:
+            self.warn(text)
+
     def warn_from(self, rank: int, text: str) -> None:
         """A line that a person should not miss, from whichever rank has it to say."""
         if self.shown:
@@ -58,6 +64,8 @@ class Progress:
 
         def count(done: int, total: int) -> None:
             nonlocal begun
+            if not self.details:
+                return
             if not begun:
                 self.start(what, total, 0)
                 begun = True

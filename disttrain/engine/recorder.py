@@ -33,14 +33,14 @@ class Recorder:
         # Python's collector pauses each rank at its own moment, and all wait for the slowest: it
         # runs at the same steps on every rank instead.
         gc.disable()
-        self.run.progress.start(self.label, self.total, self._step())
+        self.run.bar.start(self.label, self.total, self._step())
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         gc.enable()
-        self.run.progress.stop()
+        self.run.bar.stop()
 
     def _step(self) -> int:
         """How far the subject is that has most to do."""
@@ -70,7 +70,7 @@ class Recorder:
         speed = pack.samples_per_step * len(pack.active) / usual
         rate = pack.rate_of(counted[0])
         detail = f"loss {mean:.4f}  lr {rate:.3g}  {speed:.1f} images/s"
-        self.run.progress.advance(step, self.total, self.label, detail, f"{left} left")
+        self.run.bar.advance(step, self.total, self.label, detail, f"{left} left")
 
     def _record(
         self, i: int, loss: float, norm: float, images: float, seconds: float

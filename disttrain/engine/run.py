@@ -60,6 +60,7 @@ class Run(Work):
     def make_pack(self, names: list[str]) -> Pack:
         """The pack of these subjects, at the steps of their newest checkpoints."""
         pack = self.assemble([self.data[name] for name in names])
+        assert pack is not None
         if self.mesh.is_main:
             steps = {slot.name: slot.step for slot in pack.slots}
             self.metrics.cut({**self.done, **steps})

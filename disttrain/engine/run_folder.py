@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "data.max_damaged",
     "data.shard_cache_gb",
     "data.cache_text",
+    "fleet.",
     "train.gradient_accumulation_steps",
     "train.gradient_checkpointing",
     "train.max_steps",
@@ -130,8 +131,16 @@ def check_same_run(folder: RunFolder, config: RunConfig) -> None:
 
 def write_config(folder: RunFolder, config: RunConfig) -> None:
     """Store the resolved settings; running that file again repeats the run."""
-    text = yaml.safe_dump(schema.to_mapping(config), sort_keys=False, allow_unicode=True)
-    write_text(folder.config, text)
+    write_text(folder.config, _as_yaml(config))
+
+
+def write_subject_config(folder: RunFolder, name: str, config: RunConfig) -> None:
+    """Store the settings of one subject of a fleet; running that file trains it alone."""
+    write_text(folder.subject(name) / "config.yaml", _as_yaml(config))
+
+
+def _as_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(schema.to_mapping(config), sort_keys=False, allow_unicode=True)
 
 
 def describe_environment(world: int, device: torch.device) -> dict[str, Any]:

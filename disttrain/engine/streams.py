@@ -58,23 +58,25 @@ class StreamMaker:
     Attributes:
         encoder: the VAE, which pixels need while training; caches have used it already.
         encoded: pictures that this rank encoded because no cache had them.
-        memory_limit: bytes of latents that one cache keeps in memory.
+        memory_limit: bytes of latents that one cache keeps in memory; None shares what there is
+            among the subjects of the first call.
     """
 
     def __init__(self, config: RunConfig, mesh: Mesh, base: BaseModel, progress: Progress) -> None:
         self.config, self.mesh, self.base, self.progress = config, mesh, base, progress
         self.encoder = VaeEncoder(base, mesh.device)
         self.encoded = 0
-        self.memory_limit = MEMORY_LIMIT
+        self.memory_limit: int | None = None
 
     def make(self, subjects: Sequence[SubjectData]) -> tuple[list[SubjectStreams], dict[str, str]]:
         """Streams of each subject, and the digest of what each is taught from.
 
         Draws missing class pictures and encodes missing latents.
         """
-        streams_of_each = 1 if self.config.prior is None else 2
-        caches = streams_of_each * sum(len(data.sizes) for data in subjects)
-        self.memory_limit = MEMORY_LIMIT // caches
+        if self.memory_limit is None:
+            streams_of_each = 1 if self.config.prior is None else 2
+            caches = streams_of_each * sum(len(data.sizes) for data in subjects)
+            self.memory_limit = MEMORY_LIMIT // caches
         # All class pictures before any latents: the UNet and the VAE take turns in memory.
         classes = [self._class_source(data) for data in subjects]
         streams, digests = [], {}
@@ -150,7 +152,7 @@ class StreamMaker:
             vae_digest=self.base.vae_digest,
             precision=data.latent_precision,
             samples=samples,
-            memory_limit=self.memory_limit,
+            memory_limit=self.memory_limit or MEMORY_LIMIT,
         )
         threads = 2 if data.num_workers is None else data.num_workers
         with self.progress.counter(f"latents of {source.where}") as counted:

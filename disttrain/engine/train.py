@@ -42,19 +42,13 @@ def train_subjects(run: Run, names: list[str]) -> None:
 
 def train_pack(run: Work, pack: Pack) -> None:
     """Take every subject of a pack to its steps, leaving checkpoints and previews on the way."""
-    mesh, accumulation = run.mesh, run.config.train.gradient_accumulation_steps
+    mesh = run.mesh
     with StopRequest() as stop, Recorder(run, pack) as recorder:
         run.end_those_done(pack)
         while pack.active:
             started = time.perf_counter()
             pack.begin_step()
-            losses = torch.zeros(len(pack.slots), device=mesh.device)
-            for micro in range(accumulation):
-                with mesh.accumulate(pack.denoiser):
-                    micro_losses = pack.losses(micro)
-                    mesh.backward(micro_losses.sum())
-                losses += micro_losses.detach() / accumulation
-            *means, stopping = mesh.mean(stop.beside(losses)).tolist()
+            *means, stopping = mesh.mean(stop.beside(gradients(run, pack))).tolist()
             outcome = pack.update(means)
             recorder.record(means, outcome, time.perf_counter() - started)
             run.end_those_failed(pack, outcome.failed)
@@ -63,3 +57,18 @@ def train_pack(run: Work, pack: Pack) -> None:
                 raise Interrupted(f"{run.place_of(pack)}; the same command goes on there")
             run.leave_marks(pack)
             run.end_those_done(pack)
+
+
+def gradients(run: Work, pack: Pack) -> torch.Tensor:
+    """Add up the gradients of one update; returns the losses `[S]` of this rank, without graph.
+
+    Nothing of the graph outlives this: the next update may have other subjects.
+    """
+    mesh, accumulation = run.mesh, run.config.train.gradient_accumulation_steps
+    losses = torch.zeros(len(pack.slots), device=mesh.device)
+    for micro in range(accumulation):
+        with mesh.accumulate(pack.denoiser):
+            micro_losses = pack.losses(micro)
+            mesh.backward(micro_losses.sum())
+        losses += micro_losses.detach() / accumulation
+    return losses

@@ -8,6 +8,7 @@ at any moment goes on from its newest checkpoint and ends with the result of one
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 from disttrain.config import RunConfig
 from disttrain.engine.checkpoint import Checkpoint, newest_checkpoint, write_checkpoint
@@ -26,6 +27,22 @@ from disttrain.methods.batch import Batcher, make_loader
 from disttrain.models.base import BaseModel, configured_base
 
 
+class Bar(Protocol):
+    """What shows a pack's steps."""
+
+    def start(self, what: str, total: int, done: int) -> None:
+        """A pack begins."""
+        ...
+
+    def advance(self, done: int, total: int, what: str, detail: str, left: str = "") -> None:
+        """After each update."""
+        ...
+
+    def stop(self) -> None:
+        """A pack ended."""
+        ...
+
+
 class Work:
     """The packs of one process. `config` is what its subjects share."""
 
@@ -34,6 +51,8 @@ class Work:
         self.folder = RunFolder(config.folder)
         self.base: BaseModel | None = None
         """Freshly loaded; the next pack takes it."""
+        self.bar: Bar = progress
+        """Where a pack's steps are shown."""
 
     def load_base(self) -> BaseModel:
         """The configured base model, as it is before a method changes it."""
@@ -43,17 +62,28 @@ class Work:
             base = configured_base(self.config)
         return base
 
-    def assemble(self, data: Sequence[SubjectData]) -> Pack:
-        """The pack of these subjects, each at the step of its newest checkpoint."""
+    def assemble(self, data: Sequence[SubjectData]) -> Pack | None:
+        """The pack of these subjects, each at the step of its newest checkpoint; None if none is
+        left of them."""
+        if not data:
+            return None
         base = self.load_base()
         maker = StreamMaker(self.config, self.mesh, base, self.progress)
         slots = self.make_slots(maker, data)
+        if not slots:
+            self.base = base
+            return None
         pack = Pack(self.config, self.mesh, base, slots)
         cache_prompts(self.config, self.mesh, data, pack.contexts, self.progress)
         self.place(pack, slots, [self.saved_state(slot) for slot in slots], maker.encoder)
-        if self.config.train.sample_every and any(slot.step == 0 for slot in slots):
-            self.preview(pack, [slot for slot in slots if slot.step == 0])
+        self.preview_start(pack, slots)
         return pack
+
+    def preview_start(self, pack: Pack, slots: Sequence[Slot]) -> None:
+        """Previews of those that have not begun, to compare with."""
+        fresh = [slot for slot in slots if slot.step == 0]
+        if fresh and self.config.train.sample_every:
+            self.preview(pack, fresh)
 
     def make_slots(self, maker: StreamMaker, data: Sequence[SubjectData]) -> list[Slot]:
         """Slots of subjects with their data, at their start."""

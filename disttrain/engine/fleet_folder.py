@@ -1,0 +1,93 @@
+"""What a fleet knows of its subjects, on disk: who is where, in one table for people and programs.
+
+Beside `run_folder.py`. Each subject's `status.json` is written by the worker that has it;
+`fleet.csv` and `fleet.jsonl` are made from all of them. Invariant: "finished" appears only after
+the result is in place.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from disttrain.engine.run_folder import RunFolder
+from disttrain.errors import DataError
+from disttrain.files import exclusively, read_json, write_json, write_text
+
+FINISHED, FAILED, TRAINING, WAITING = "finished", "failed", "training", "waiting"
+
+
+@dataclass(frozen=True)
+class Status:
+    """How far one subject is. `settings` is the digest of what it is trained with."""
+
+    name: str
+    status: str = WAITING
+    steps: int = 0
+    max_steps: int = 0
+    loss: float | None = None
+    seconds: float = 0.0
+    worker: str = ""
+    reason: str = ""
+    settings: str = ""
+
+
+COLUMNS = tuple(field.name for field in dataclasses.fields(Status) if field.name != "settings")
+
+
+class FleetFolder:
+    """The files of a fleet in its run folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.run = RunFolder(path)
+        self.claims = path / "claims"
+
+    def read(self, name: str) -> Status:
+        """A subject's status; waiting where nobody has begun it."""
+        try:
+            value = read_json(self.run.subject(name) / "status.json")
+            return Status(**value)
+        except (DataError, TypeError):
+            return Status(name)
+
+    def write(self, status: Status) -> None:
+        """Record a subject's status."""
+        write_json(self.run.subject(status.name) / "status.json", asdict(status))
+
+    def write_table(self, names: Sequence[str]) -> None:
+        """Make `fleet.csv` and `fleet.jsonl` anew, in the order of the manifest."""
+        with exclusively(self.path / ".table.lock"):
+            rows = [self._row(self.read(name)) for name in names]
+            text = io.StringIO()
+            writer = csv.DictWriter(text, COLUMNS)
+            writer.writeheader()
+            writer.writerows(rows)
+            write_text(self.path / "fleet.csv", text.getvalue())
+            lines = "".join(json.dumps(row) + "\n" for row in rows)
+            write_text(self.path / "fleet.jsonl", lines)
+
+    @staticmethod
+    def _row(status: Status) -> dict[str, Any]:
+        return {key: value for key, value in asdict(status).items() if key in COLUMNS}
+
+    def remember(self, names: Sequence[str]) -> None:
+        """Keep the names of all subjects, in the manifest's order, for `--status`."""
+        write_json(self.path / "manifest.json", {"names": list(names)})
+
+    def names(self) -> list[str]:
+        """The names that were remembered.
+
+        Raises:
+            DataError: this is no fleet's run folder.
+        """
+        value = read_json(self.path / "manifest.json")
+        if not isinstance(value, dict) or not isinstance(value.get("names"), list):
+            raise DataError(f"{self.path}: not the run folder of a fleet")
+        return value["names"]

@@ -1,0 +1,47 @@
+"""Which settings subjects of one pack share, and which each has for itself.
+
+Between the manifest and the workers of a fleet. Invariant: subjects with one pack key give the same
+results in one pack as alone.
+"""
+
+from __future__ import annotations
+
+from disttrain import schema
+from disttrain.config import RunConfig
+from disttrain.engine.run_folder import MAY_CHANGE
+from disttrain.files import digest_of
+
+PER_SUBJECT = (
+    "subjects",
+    "seed",
+    "captions",
+    "method.init_text",
+    "method.prior_loss_weight",
+    "optim.learning_rate",
+    "optim.text_encoder_learning_rate",
+    "optim.lr_schedule",
+    "optim.lr_warmup_steps",
+    "optim.max_grad_norm",
+    "optim.weight_decay",
+    "train.max_steps",
+    "data.center_crop",
+    "data.cached_crops",
+    "data.random_flip",
+    "data.epoch_end",
+    "data.shuffle_window",
+    "data.max_damaged",
+)
+"""Settings that subjects of one pack may have each for itself."""
+
+
+def pack_key(member: RunConfig) -> str:
+    """Equal for subjects that may train in one pack."""
+    flat = schema.flatten(schema.to_mapping(member))
+    return digest_of({k: v for k, v in flat.items() if not k.startswith(PER_SUBJECT)})
+
+
+def settings_key(member: RunConfig) -> str:
+    """Digest of what a subject's result depends on."""
+    flat = schema.flatten(schema.to_mapping(member))
+    kept = {k: v for k, v in flat.items() if not k.startswith(MAY_CHANGE) or k == "train.max_steps"}
+    return digest_of(kept)

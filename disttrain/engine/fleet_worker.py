@@ -1,0 +1,260 @@
+"""One worker of a fleet: claims subjects, packs them, ends each with its result.
+
+Invariant: workers meet in the run folder only. A subject is trained by whoever holds its lease,
+goes on from its newest checkpoint whoever had it before, and ends as it would have alone.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from disttrain.config import RunConfig
+from disttrain.data.latents import MEMORY_LIMIT
+from disttrain.engine.checkpoint import Checkpoint
+from disttrain.engine.claims import Claims
+from disttrain.engine.distributed import Mesh
+from disttrain.engine.fleet_folder import FAILED, FINISHED, TRAINING, FleetFolder, Status
+from disttrain.engine.fleet_keys import pack_key, settings_key
+from disttrain.engine.fleet_progress import FleetProgress
+from disttrain.engine.metrics import MetricsLog, StepRecord
+from disttrain.engine.pack import Pack
+from disttrain.engine.pack_size import MOST, fitting_size
+from disttrain.engine.pictures import SubjectData, open_subject
+from disttrain.engine.progress import Progress
+from disttrain.engine.run_folder import write_subject_config
+from disttrain.engine.slot import Slot
+from disttrain.engine.streams import StreamMaker
+from disttrain.engine.work import Work
+from disttrain.errors import UserError
+
+
+class FleetWorker(Work):
+    """The packs of one worker.
+
+    Args:
+        members: the settings of every subject, in the order of the manifest.
+        retry: try failed subjects again.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[RunConfig],
+        mesh: Mesh,
+        progress: Progress,
+        claims: Claims,
+        retry: bool,
+    ) -> None:
+        super().__init__(members[0], mesh, progress)
+        self.members = {member.subjects[0].name: member for member in members}
+        self.keys = {name: pack_key(member) for name, member in self.members.items()}
+        self.settings = {name: settings_key(member) for name, member in self.members.items()}
+        self.fleet = FleetFolder(self.config.folder)
+        self.claims, self.retry = claims, retry
+        self.board = FleetProgress(progress, self.fleet, list(self.members))
+        self.bar = self.board
+        size = self.config.fleet.pack_size
+        self.pack_size = size if isinstance(size, int) else None
+        self.maker: StreamMaker | None = None
+        self.refused: dict[str, str] = {}
+        """Reasons by subject that were found before anything was claimed."""
+        self.logs: dict[str, MetricsLog] = {}
+        self.losses: dict[str, float] = {}
+        self._begun: dict[str, tuple[float, float]] = {}
+        self._tried: set[str] = set()
+
+    def next_pack(self) -> Pack | None:
+        """The next pack of this worker; None when there is nothing left to claim."""
+        while names := self._take(self._room()):
+            self.config = self.members[names[0]]
+            self.mesh.set_accumulation(self.config.train.gradient_accumulation_steps)
+            pack = self.assemble(self._open(names))
+            if pack is None:
+                continue
+            if self.pack_size is None and self.config.together:
+                self.pack_size = fitting_size(pack, self.claims.place.count)
+                self.progress.say(f"pack size {self.pack_size} (fleet.pack_size: auto)")
+                self._change(pack, [], self._successors(pack, self.pack_size - len(pack.slots)))
+            return pack
+        return None
+
+    def _room(self) -> int:
+        """How many subjects the next pack may have."""
+        return 1 if self.pack_size is None or not self.config.together else self.pack_size
+
+    def _take(self, count: int, key: str = "") -> list[str]:
+        """Claim up to `count` subjects that still need training, all of one pack key."""
+
+        def wanted(name: str, taken: list[str]) -> bool:
+            needed = key or (self.keys[taken[0]] if taken else "")
+            return (not needed or self.keys[name] == needed) and self._needs_training(name)
+
+        return self.claims.take(self.members, count, wanted)
+
+    def _needs_training(self, name: str) -> bool:
+        status = self.fleet.read(name)
+        if status.status == FAILED and status.settings == self.settings[name]:
+            return self.retry and name not in self._tried
+        return status.status != FINISHED or status.steps < self.members[name].train.max_steps
+
+    def _open(self, names: Sequence[str]) -> list[SubjectData]:
+        """The subjects whose pictures and prompts are right; the others fail."""
+        found = []
+        for name in names:
+            self._tried.add(name)
+            self._begun[name] = (time.monotonic(), self.fleet.read(name).seconds)
+            if name in self.refused:
+                self.fail(name, self.refused[name])
+                continue
+            try:
+                found.append(open_subject(self.members[name], self.progress))
+            except UserError as error:
+                self.fail(name, str(error))
+        return found
+
+    def make_slots(self, maker: StreamMaker, data: Sequence[SubjectData]) -> list[Slot]:
+        """Slots of the subjects whose latents could be made; the others fail."""
+        self.maker = maker
+        maker.memory_limit = MEMORY_LIMIT // (2 * (self.pack_size or MOST))
+        found: list[Slot] = []
+        for one in data:
+            try:
+                slots = super().make_slots(maker, [one])
+            except UserError as error:
+                self.fail(one.settings.name, str(error))
+                continue
+            for slot in slots:
+                write_subject_config(self.folder, slot.name, slot.config)
+                self._record(slot.name, TRAINING)
+            found += slots
+        return found
+
+    def saved_state(self, slot: Slot) -> Checkpoint | None:
+        """A subject's newest checkpoint; its log is cut to that step."""
+        state = super().saved_state(slot)
+        log = self.logs[slot.name] = MetricsLog(self.folder.subject(slot.name) / "metrics.jsonl")
+        log.cut({slot.name: state.state["step"] if state else 0})
+        return state
+
+    def _record(self, name: str, status: str, reason: str = "", slot: Slot | None = None) -> None:
+        """Write a subject's status with what is known besides."""
+        begun, before = self._begun[name]
+        known = self.fleet.read(name)
+        self.fleet.write(
+            Status(
+                name,
+                status,
+                steps=slot.step if slot else known.steps,
+                max_steps=self.members[name].train.max_steps,
+                loss=self.losses.get(name, known.loss),
+                seconds=round(before + time.monotonic() - begun, 1),
+                worker=self.claims.worker,
+                reason=reason,
+                settings=self.settings[name],
+            )
+        )
+
+    def fail(self, name: str, reason: str, slot: Slot | None = None) -> None:
+        """A subject cannot be trained; the others go on."""
+        self.progress.warn(f"{name} failed: {reason}")
+        self._record(name, FAILED, reason, slot)
+        self._let_go([name])
+
+    def _let_go(self, names: Sequence[str]) -> None:
+        for name in names:
+            log = self.logs.pop(name, None)
+            if log is not None:
+                log.close()
+        self.claims.release(names)
+        self.fleet.write_table(list(self.members))
+
+    def mark_finished(self, done: Sequence[Slot]) -> None:
+        """Record subjects as finished, unless this worker slept and another has them now."""
+        for slot in done:
+            if self.claims.holds(slot.name):
+                self._record(slot.name, FINISHED, slot=slot)
+                self.board.finished(slot.name, slot.step, self.losses.get(slot.name))
+            else:
+                self.progress.warn(f"{slot.name}: its lease ran out, another worker has it")
+
+    def after_end(self, pack: Pack, done: Sequence[Slot]) -> None:
+        """Finished subjects leave; the next ones of the manifest take their slots."""
+        self._let_go([slot.name for slot in done])
+        self._change(pack, done, self._successors(pack, len(done)))
+
+    def end_those_failed(self, pack: Pack, failed: Sequence[int]) -> None:
+        """A subject whose loss or gradient is not finite fails alone."""
+        slots = [pack.slots[i] for i in failed]
+        for i, slot in zip(failed, slots, strict=True):
+            self.fail(slot.name, pack.describe_failure(i), slot)
+        if slots:
+            self._change(pack, slots, self._successors(pack, len(slots)))
+
+    def _successors(self, pack: Pack, count: int) -> list[Slot]:
+        """Slots of newly claimed subjects that go with a pack."""
+        found: list[Slot] = []
+        assert self.maker is not None
+        while self.config.together and len(found) < count:
+            names = self._take(count - len(found), self.keys[pack.slots[0].name])
+            if not names:
+                break
+            found += self.make_slots(self.maker, self._open(names))
+        return found
+
+    def _change(self, pack: Pack, leaving: Sequence[Slot], entering: Sequence[Slot]) -> None:
+        """Put those that enter where others left; those that stay go on as they are."""
+        if not leaving and not entering:
+            return
+        staying = [i for i, slot in enumerate(pack.slots) if slot not in leaving]
+        slots = [*(pack.slots[i] for i in staying), *entering]
+        if not slots:
+            for slot in leaving:
+                slot.idle = True
+            return
+        states: list[Checkpoint | None] = [pack.state_of(i) for i in staying]
+        states += [self.saved_state(slot) for slot in entering]
+        assert self.maker is not None
+        self.place(pack, slots, states, self.maker.encoder)
+        self.preview_start(pack, entering)
+        self.end_those_done(pack)
+
+    def save(self, pack: Pack, slots: Sequence[Slot]) -> None:
+        """Checkpoints of the slots that are still this worker's."""
+        held = [slot for slot in slots if self.claims.holds(slot.name)]
+        super().save(pack, held)
+        for slot in held:
+            self._record(slot.name, TRAINING, slot=slot)
+
+    def too_large(self, pack: Pack) -> None:
+        """Memory ran out: all go back to the queue as they are, to come again in smaller packs."""
+        pack.optimizer.zero_grad(set_to_none=True)
+        slots = pack.active
+        if len(slots) == 1:
+            self.fail(slots[0].name, "out of memory in a pack of one", slots[0])
+            return
+        self.pack_size = max(1, len(slots) // 2)
+        self.save(pack, slots)
+        self._let_go([slot.name for slot in slots])
+        self.progress.warn(f"out of memory with {len(slots)} subjects; now {self.pack_size}")
+
+    def write_curve(self, name: str) -> None:
+        """Bring a subject's loss curve up to date."""
+        self.logs[name].write_curve(name, self.folder.subject(name))
+
+    def log(self, records: Sequence[StepRecord]) -> None:
+        """Each subject's record goes to its own log."""
+        self.board.slots = [
+            (r.subject, r.step, self.members[r.subject].train.max_steps, r.loss) for r in records
+        ]
+        for record in records:
+            self.losses[record.subject] = record.loss
+            self.logs[record.subject].append([record])
+
+    def place_of(self, pack: Pack) -> str:
+        """Which subjects a worker that was asked to stop had."""
+        return f"stopped with {len(pack.active)} subjects in training"
+
+    def close(self) -> None:
+        """Close the logs of subjects that are not at their end."""
+        for log in self.logs.values():
+            log.close()

@@ -39,6 +39,8 @@ def train_fleet(members: Sequence[RunConfig], retry: bool = False) -> int:
     """
     place = leave_launcher()
     members = settled(members)
+    if nothing_left(members, retry):
+        return report(FleetFolder(members[0].folder), [m.subjects[0].name for m in members])
     with Mesh(members[0]) as mesh, open_fleet(members, mesh, place, retry) as worker:
         while (pack := worker.next_pack()) is not None:
             with pack.feeding():
@@ -49,7 +51,7 @@ def train_fleet(members: Sequence[RunConfig], retry: bool = False) -> int:
             del pack
             worker.maker = None
             mesh.release()
-        return report(worker)
+        return report(worker.fleet, list(worker.members))
 
 
 def settled(members: Sequence[RunConfig]) -> list[RunConfig]:
@@ -119,19 +121,25 @@ def _draw_class_pictures(worker: FleetWorker, place: WorkerPlace) -> None:
             worker.refused[subject.name] = str(error)
 
 
-def report(worker: FleetWorker) -> int:
+def nothing_left(members: Sequence[RunConfig], retry: bool) -> bool:
+    """Whether no subject needs training, whoever asks."""
+    fleet = FleetFolder(members[0].folder)
+    return not any(fleet.needs_training(member, retry) for member in members)
+
+
+def report(fleet: FleetFolder, names: list[str]) -> int:
     """Say how the fleet stands; returns how many subjects failed."""
-    names = list(worker.members)
-    statuses = [worker.fleet.read(name) for name in names]
+    progress = Progress(shown=True)
+    statuses = [fleet.read(name) for name in names]
     finished = sum(status.status == FINISHED for status in statuses)
     failed = sum(status.status == FAILED for status in statuses)
     left = len(names) - finished - failed
-    worker.progress.say(
+    progress.say(
         f"{finished} of {len(names)} subjects finished, {failed} failed, {left} with other workers"
     )
-    worker.progress.say(f"table       {worker.fleet.path / 'fleet.csv'}")
+    progress.say(f"table       {fleet.path / 'fleet.csv'}")
     if failed:
-        worker.progress.say("mend what failed and run again with --retry-failed")
+        progress.say("mend what failed and run again with --retry-failed")
     return failed
 
 

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from disttrain.config import RunConfig
+from disttrain.engine.fleet_keys import settings_key
 from disttrain.engine.run_folder import RunFolder
 from disttrain.errors import DataError
 from disttrain.files import exclusively, read_json, write_json, write_text
@@ -56,6 +58,13 @@ class FleetFolder:
             return Status(**value)
         except (DataError, TypeError):
             return Status(name)
+
+    def needs_training(self, member: RunConfig, retry: bool) -> bool:
+        """Whether a subject is short of its steps; one that failed as it is only on `retry`."""
+        status = self.read(member.subjects[0].name)
+        if status.status == FAILED and status.settings == settings_key(member):
+            return retry
+        return status.status != FINISHED or status.steps < member.train.max_steps
 
     def write(self, status: Status) -> None:
         """Record a subject's status."""

@@ -92,10 +92,8 @@ class FleetWorker(Work):
         return self.claims.take(self.members, count, wanted)
 
     def _needs_training(self, name: str) -> bool:
-        status = self.fleet.read(name)
-        if status.status == FAILED and status.settings == self.settings[name]:
-            return self.retry and name not in self._tried
-        return status.status != FINISHED or status.steps < self.members[name].train.max_steps
+        retry = self.retry and name not in self._tried
+        return self.fleet.needs_training(self.members[name], retry)
 
     def _open(self, names: Sequence[str]) -> list[SubjectData]:
         """The subjects whose pictures and prompts are right; the others fail."""

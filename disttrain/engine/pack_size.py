@@ -5,7 +5,6 @@ Before a worker's first pack. Invariant: asking changes nothing that trains.
 
 from __future__ import annotations
 
-import gc
 import os
 
 import torch
@@ -45,12 +44,11 @@ def bytes_per_subject(pack: Pack) -> int:
         if place not in frozen and place not in seen:
             seen.add(place)
             kept += tensor.untyped_storage().nbytes()
-        return tensor
+        return tensor.detach()  # itself it would hold its own graph for ever
 
     with saved_tensors_hooks(count, lambda tensor: tensor), pack.mesh.autocast():
         losses = pack.losses(0)
     del losses
-    gc.collect()  # the hooks hold the graph in a cycle, and it remembers the tensors' shapes
     own = sum(value.numel() * value.element_size() for value in pack.parameters.values())
     return (kept + COPIES * own) // len(pack.slots)
 

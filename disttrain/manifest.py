@@ -32,8 +32,8 @@ def read_manifest(path: Path, tree: dict[str, Any]) -> list[RunConfig]:
 
     Args:
         path: a .csv, .jsonl, .yaml or .yml file with a row for each subject, or a folder with a
-            subfolder of pictures for each. Columns are the keys of a config's `subjects` and dotted
-            keys of anything else, such as `train.max_steps`; an empty cell says nothing.
+            subfolder of pictures for each. Columns are the keys of a config's `subjects`, `seed`
+            and dotted keys such as `train.max_steps`; an empty cell says nothing.
         tree: a config; its first subject says what rows leave open.
 
     Raises:
@@ -64,14 +64,14 @@ def _member(
 ) -> RunConfig:
     subject, overrides = dict(usual), []
     for key, value in row.items():
-        if "." in key:
+        if "." in key or key == "seed":
             text = value if isinstance(value, str) else json.dumps(value)
             overrides.append(f"{key}={text}")
         elif key in SUBJECT_KEYS:
             subject[key] = value
         else:
             known = ", ".join(sorted(SUBJECT_KEYS))
-            raise ConfigError(f"{key}: unknown column; use {known}, or section.key")
+            raise ConfigError(f"{key}: unknown column; use {known}, seed, or section.key")
     for key in ("images", "class_images"):
         subject |= {key: _from(path, subject[key])} if subject.get(key) else {}
     if not subject.get("token") and tree.get("method", {}).get("name") == "textual_inversion":

@@ -81,10 +81,10 @@ class Progress:
         self.last_line = time.monotonic() if total else float("-inf")
         if self.live:
             self.bar = RichProgress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[detail]}"),
+                TextColumn("{task.fields[detail]}", markup=False),
                 TimeRemainingColumn(),
                 console=self.console,
             )

@@ -19,6 +19,7 @@ from disttrain.data.index import ShardIndex
 from disttrain.data.shards import index_tars, verify, write_shards
 from disttrain.data.source import SourceOptions, open_source
 from disttrain.data.storage import place_of
+from disttrain.engine.progress import Progress
 from disttrain.errors import DataError
 from disttrain.files import sha256_bytes
 from disttrain.prompts import PromptPlan
@@ -177,3 +178,15 @@ def test_places_that_cannot_be_written_are_said_in_one_line(packed: Path, tmp_pa
         assert "Traceback" not in result.stderr
     with pytest.raises(DataError, match=r"file/index\.json: cannot be written"):
         index_tars([packed.parent / "shard-000000.tar"], tmp_path / "file" / "index.json")
+
+
+def test_a_folder_named_like_markup_does_not_end_the_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    progress = Progress(shown=True)
+    assert progress.live
+    with progress.counter("latents of [bold] [/red]") as count:
+        count(1, 2)
+        assert progress.bar is not None
+        assert "[/red]" in "".join(
+            str(cell) for cell in progress.bar.make_tasks_table(progress.bar.tasks).columns[0].cells
+        )

@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 SOURCES := disttrain tests examples docs benchmarks
 
-.PHONY: install demo test test-all benchmark-data check format clean
+.PHONY: install demo test test-all benchmark-data benchmark-pack drill-fleet check format clean
 
 install: .venv/installed
 
@@ -27,6 +27,14 @@ test-all: install
 benchmark-data: install
 	$(BIN)/python benchmarks/order.py
 	$(BIN)/python benchmarks/data.py --output benchmarks/results/data.json
+
+# About five minutes.
+benchmark-pack: install
+	$(BIN)/python benchmarks/pack.py --ranks --output benchmarks/results/pack.json
+
+# 200 subjects, 4 workers, 20 of them killed: about five minutes on 2 cores.
+drill-fleet: install
+	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/fleet_drill.py
 
 check: install
 	$(BIN)/ruff format --check $(SOURCES)

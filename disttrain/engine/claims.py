@@ -1,8 +1,8 @@
 """Who trains which subject: leases in the shared run folder.
 
-Between the workers of a fleet, which talk in no other way. Invariant: all looking and taking
-happens under one lock, so at any moment a subject belongs to at most one worker; a lease that
-nobody renews runs out, so a dead worker keeps no subject.
+Between the workers of a fleet, which talk in no other way. Invariant: all taking happens under one
+lock, so at any moment a subject belongs to at most one worker; a lease that nobody renews runs out,
+so a dead worker keeps no subject.
 
 `claims/NAME.json` says who; the time of its last change is the last sign of life.
 """
@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -32,7 +33,7 @@ class Claims:
         folder: `claims/` of the run folder.
         seconds: after which a lease without a sign of life is another's to take.
         place: which worker this is.
-        static: take only every count-th subject, and look at nobody's leases.
+        static: take only every count-th subject, look at nobody's leases and lock nothing.
     """
 
     def __init__(self, folder: Path, seconds: float, place: WorkerPlace, static: bool) -> None:
@@ -72,42 +73,57 @@ class Claims:
                 if len(found) == count:
                     break
                 mine = not self.static or number % self.place.count == self.place.number
-                if mine and name not in self._own and self._free(name, now) and wanted(name, found):
+                free = self.static or self._free(name, now)
+                if mine and name not in self._own and free and wanted(name, found):
                     write_json(self._path(name), self._mark())
                     self._own.add(name)
                     found.append(name)
         return found
 
     def holds(self, name: str) -> bool:
-        """Whether a subject is still this worker's: one that slept too long may have lost it."""
-        return name in self._own and self._owner(name).get("token") == self._token
+        """Whether a subject is still this worker's: one that slept too long may have lost it.
+
+        If it is, the lease begins anew, so that nobody else takes it before what follows is done.
+        """
+        with self._alone():
+            return self._renewed(name)
 
     def release(self, names: Iterable[str]) -> None:
         """Give subjects back."""
         with self._alone():
             for name in names:
-                if self.holds(name):
+                if self._renewed(name):
                     self._path(name).unlink(missing_ok=True)
                 self._own.discard(name)
 
     def owners(self) -> dict[str, str]:
         """Who has which subject now, by what the leases say; for people."""
-        with self._alone() as now:
-            paths = sorted(self.folder.glob("*.json"))
-            return {
-                path.stem: self._owner(path.stem).get("worker", "")
-                for path in paths
-                if not self._free(path.stem, now)
-            }
+        now = self._time()
+        paths = sorted(self.folder.glob("*.json"))
+        return {
+            path.stem: str(self._owner(path.stem).get("worker", ""))
+            for path in paths
+            if not self._free(path.stem, now)
+        }
 
     @contextmanager
     def _alone(self) -> Iterator[float]:
-        """Nobody else looks or takes inside; gives the file system's own time."""
+        """Nobody else takes inside; gives the file system's own time."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if self.static:
+            yield 0.0
+            return
+        with exclusively(self.folder / ".lock"):
+            yield self._time()
+
+    def _time(self) -> float:
+        """The file system's own time; this machine's where nothing may be written."""
         lock = self.folder / ".lock"
-        with exclusively(lock):
+        try:
             os.utime(lock)
-            yield lock.stat().st_mtime
+            return lock.stat().st_mtime
+        except OSError:
+            return time.time()
 
     def _free(self, name: str, now: float) -> bool:
         path = self._path(name)
@@ -116,9 +132,12 @@ class Claims:
         except FileNotFoundError:
             return True
         owner = self._owner(name)
-        if owner.get("space") == self.space and not _alive(owner.get("process", 0)):
+        if owner.get("space") == self.space and _dead(owner.get("process"), owner.get("started")):
             return True
-        return age > owner.get("seconds", self.seconds)
+        lease = owner.get("seconds")
+        if not (isinstance(lease, (int, float)) and 0 < lease < float("inf")):
+            lease = self.seconds
+        return age > lease
 
     def _owner(self, name: str) -> dict:
         try:
@@ -127,11 +146,18 @@ class Claims:
             return {}
         return found if isinstance(found, dict) else {}
 
+    def _renewed(self, name: str) -> bool:
+        mine = name in self._own and self._owner(name).get("token") == self._token
+        if mine:
+            os.utime(self._path(name))
+        return mine
+
     def _mark(self) -> dict[str, object]:
         return {
             "worker": self.worker,
             "space": self.space,
             "process": self.process,
+            "started": _state_and_start(self.process)[1],
             "seconds": self.seconds,
             "token": self._token,
         }
@@ -140,30 +166,46 @@ class Claims:
         return self.folder / f"{name}.json"
 
     def _keep_alive(self) -> None:
+        # Without the lock, for which others may make this wait longer than a lease lasts. Whoever
+        # took a subject that was lost meanwhile gets a sign of life for nothing, which is harmless.
         while not self._stop.wait(self.seconds / BEATS_PER_LEASE):
-            try:
-                with self._alone():
-                    for name in list(self._own):
-                        if self.holds(name):
-                            os.utime(self._path(name))
-            except OSError:  # a file system that is away for a moment; the next beat tries again
-                continue
+            for name in list(self._own):
+                try:
+                    self._renewed(name)
+                except OSError:  # a file system that is away for a moment; the next beat tries
+                    continue
 
 
 def _process_space() -> str:
     """Names where process numbers mean the same processes: a boot of a machine, a container."""
     boot = Path("/proc/sys/kernel/random/boot_id")
     namespace = Path("/proc/self/ns/pid")
-    known = boot.is_file() and namespace.is_symlink()
-    return f"{boot.read_text().strip()} {os.readlink(namespace)}" if known else uuid.uuid4().hex
+    if not (boot.is_file() and namespace.is_symlink()):
+        return uuid.uuid4().hex
+    # Copies of one virtual machine may have the same boot, but not the same name.
+    return f"{socket.gethostname()} {boot.read_text().strip()} {os.readlink(namespace)}"
 
 
-def _alive(process: int) -> bool:
-    """Whether a process of this machine exists."""
+def _dead(process: object, started: object) -> bool:
+    """Whether a process of this space is certain to have ended."""
+    if not isinstance(process, int) or process <= 0:
+        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:
-        return False
-    except (PermissionError, OverflowError, TypeError):
         return True
-    return process > 0
+    except (PermissionError, OverflowError):
+        return False
+    state, start = _state_and_start(process)
+    ended = state in ("Z", "X")  # ended, though its parent has not asked for its exit code yet
+    return ended or (bool(start) and isinstance(started, str) and start != started)
+
+
+def _state_and_start(process: int) -> tuple[str, str]:
+    """State and start of a process, by which it differs from a later one of the same number."""
+    try:
+        text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return "", ""
+    words = text.rpartition(")")[2].split()
+    return words[0], words[19]

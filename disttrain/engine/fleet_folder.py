@@ -11,15 +11,17 @@ import csv
 import dataclasses
 import io
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from disttrain import schema
 from disttrain.config import RunConfig
 from disttrain.engine.fleet_keys import settings_key
 from disttrain.engine.run_folder import RunFolder
-from disttrain.errors import DataError
+from disttrain.errors import ConfigError, DataError
 from disttrain.files import exclusively, read_json, write_json, write_text
 
 FINISHED, FAILED, TRAINING, WAITING = "finished", "failed", "training", "waiting"
@@ -54,9 +56,9 @@ class FleetFolder:
     def read(self, name: str) -> Status:
         """A subject's status; waiting where nobody has begun it."""
         try:
-            value = read_json(self.run.subject(name) / "status.json")
-            return Status(**value)
-        except (DataError, TypeError):
+            value = read_json(self._status_file(name))
+            return schema.build(Status, {**value, "name": name})
+        except (DataError, ConfigError, TypeError):
             return Status(name)
 
     def needs_training(self, member: RunConfig, retry: bool) -> bool:
@@ -68,14 +70,17 @@ class FleetFolder:
 
     def write(self, status: Status) -> None:
         """Record a subject's status."""
-        write_json(self.run.subject(status.name) / "status.json", asdict(status))
+        if status.loss is not None and not math.isfinite(status.loss):
+            status = dataclasses.replace(status, loss=None)  # JSON has no such number
+        write_json(self._status_file(status.name), asdict(status))
 
     def write_table(self, names: Sequence[str]) -> None:
-        """Make `fleet.csv` and `fleet.jsonl` anew, in the order of the manifest."""
+        """Make `fleet.csv` and `fleet.jsonl` anew, in the order of the newest manifest; `names`
+        are this worker's, which may have begun with another one."""
         with exclusively(self.path / ".table.lock"):
-            rows = [self._row(self.read(name)) for name in names]
+            rows = [self._row(self.read(name)) for name in self._with_others(names)]
             text = io.StringIO()
-            writer = csv.DictWriter(text, COLUMNS)
+            writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
             writer.writeheader()
             writer.writerows(rows)
             write_text(self.path / "fleet.csv", text.getvalue())
@@ -87,8 +92,21 @@ class FleetFolder:
         return {key: value for key, value in asdict(status).items() if key in COLUMNS}
 
     def remember(self, names: Sequence[str]) -> None:
-        """Keep the names of all subjects, in the manifest's order, for `--status`."""
-        write_json(self.path / "manifest.json", {"names": list(names)})
+        """Keep the names of all subjects, in the manifest's order, for tables and `--status`.
+
+        Those of earlier manifests that were begun come after them.
+        """
+        with exclusively(self.path / ".table.lock"):
+            begun = [n for n in self._with_others(names) if self._status_file(n).is_file()]
+            every = dict.fromkeys([*names, *begun])
+            write_json(self.path / "manifest.json", {"names": list(every)})
+
+    def _with_others(self, names: Sequence[str]) -> list[str]:
+        """The names that were remembered, then those of these that were not."""
+        try:
+            return list(dict.fromkeys([*self.names(), *names]))
+        except DataError:
+            return list(names)
 
     def names(self) -> list[str]:
         """The names that were remembered.
@@ -97,6 +115,10 @@ class FleetFolder:
             DataError: this is no fleet's run folder.
         """
         value = read_json(self.path / "manifest.json")
-        if not isinstance(value, dict) or not isinstance(value.get("names"), list):
+        names = value.get("names") if isinstance(value, dict) else None
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise DataError(f"{self.path}: not the run folder of a fleet")
-        return value["names"]
+        return names
+
+    def _status_file(self, name: str) -> Path:
+        return self.run.subject(name) / "status.json"

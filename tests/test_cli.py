@@ -24,6 +24,14 @@ SURFACE: dict[str, list[tuple[str, Any, Any, bool, Any]]] = {
         ("--dry-run", 0, False, False, None),
     ],
     "cache": [("config", None, None, True, Path), ("overrides", "*", [], False, None)],
+    "fleet": [
+        ("manifest", "?", None, False, Path),
+        ("config", "?", None, False, Path),
+        ("overrides", "*", [], False, None),
+        ("--status", None, None, False, Path),
+        ("--retry-failed", 0, False, False, None),
+        ("--dry-run", 0, False, False, None),
+    ],
     "shard": [
         ("source", "?", None, False, Path),
         ("destination", "?", None, False, Path),
@@ -154,6 +162,13 @@ def test_a_bad_config_is_one_line_and_exit_code_2(tmp_path: Path) -> None:
         (["train", "configs/lora.yaml", "seed=-3", "--dry-run", "name=x"], "seed: -3 is"),
         (["train", "configs/lora.yaml", "--fresh", "nonsense"], "override 'nonsense': write it"),
         (["train", "configs/lora.yaml", "subjects.0.images=no"], "subjects.0.images: expected"),
+        (["fleet"], "fleet: give MANIFEST and CONFIG, or --status RUN"),
+        (["fleet", "examples/fleet.csv"], "fleet: give MANIFEST and CONFIG"),
+        (["fleet", "a.csv", "configs/lora.yaml"], "a.csv: No such file or directory"),
+        (["fleet", "examples/fleet.csv", "b.yaml"], "b.yaml: No such file or directory"),
+        (["fleet", "configs/lora.yaml", "configs/lora.yaml"], "configs/lora.yaml: a manifest is"),
+        (["fleet", "examples/fleet.csv", "configs/lora.yaml", "x"], "override 'x': write it"),
+        (["fleet", "--status", "absent"], "absent/manifest.json: No such file or directory"),
         (["keys", "adam"], "no key starts with 'adam'"),
         (["keys", "nothing"], "no key starts with 'nothing'; disttrain keys lists them all"),
         (["shard", "only-one"], "shard: give SRC and DST"),
@@ -222,6 +237,40 @@ def test_overrides_may_stand_on_both_sides_of_an_option(
     path = write_config(small_config("lora", tmp_path), tmp_path / "config.yaml")
     assert main(["train", str(path), "train.max_steps=7", "--dry-run", "data.batch_size=2"]) == 0
     assert "7 steps of 2 pictures" in capsys.readouterr().out
+
+
+def test_a_fleet_may_be_looked_at_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["examples/fleet.csv", "configs/lora.yaml", f"output_dir={tmp_path}/runs"]
+    assert main(["fleet", *words, "--dry-run", "train.max_steps=9"]) == 0
+    first, fox, penguin, *_, last = capsys.readouterr().out.splitlines()
+    assert first == f"fleet of 5 subjects in {tmp_path}/runs/fox-lora"
+    assert fox.split() == ["fox", "examples/subjects/fox", "token", "sks"]
+    assert penguin.split()[-1] == "train.max_steps=200"
+    assert last == "nothing was written (dry run)"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_status_of_a_fleet_without_workers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from disttrain.engine.fleet_folder import FAILED, FINISHED, TRAINING, FleetFolder, Status
+
+    folder = FleetFolder(tmp_path)
+    folder.remember(["fox", "owl", "elk", "cod"])
+    folder.write(Status("fox", FINISHED, 9, 9, 0.125, 3.0, "0@here:1"))
+    folder.write(Status("owl", TRAINING, 4, 9))
+    folder.write(Status("elk", FAILED, 0, 9, reason="no pictures"))
+    assert main(["fleet", "--status", str(tmp_path)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert lines == [
+        ["fox", "finished", "9/9", "loss", "0.1250", "3.0s", "0@here:1"],
+        ["owl", "stopped", "4/9", "0.0s"],
+        ["elk", "failed", "0/9", "0.0s", "no", "pictures"],
+        ["cod", "waiting", "0/0", "0.0s"],
+        "1 failed, 1 finished, 1 stopped, 1 waiting".split(),
+    ]
 
 
 def test_keys_lists_every_key_with_default_and_help(capsys: pytest.CaptureFixture[str]) -> None:

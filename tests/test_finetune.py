@@ -212,11 +212,11 @@ def damage(index: Path, count: int) -> None:
     from disttrain.data.index import ShardIndex
 
     opened = ShardIndex(index)
-    tar = bytearray(opened.shard_path(0).read_bytes())
+    tar = bytearray(Path(opened.places[0]).read_bytes())
     for number in range(count):
         row = opened.row(number)
         tar[row.offset + row.size // 2] ^= 1
-    opened.shard_path(0).write_bytes(tar)
+    Path(opened.places[0]).write_bytes(tar)
 
 
 @pytest.mark.parametrize("cached", [True, False])

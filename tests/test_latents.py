@@ -643,3 +643,14 @@ def test_a_damaged_item_of_another_rank_is_waited_for(folder, tmp_path):
     late.start()
     torch.testing.assert_close(cache.get(1, 0), expected(folder, 1), rtol=0, atol=0)
     late.join()
+
+
+def test_too_many_damaged_pictures_end_it_at_once(tmp_path):
+    source = make_folder(tmp_path / "foxes", 10)
+    index = write_shards(source, tmp_path / "shards")
+    (tmp_path / "shards/shard-000000.tar").write_bytes(b"")
+    encode = Encoder()
+    cache = cache_of(index, tmp_path / "cache", allowed=1)
+    with pytest.raises(DataError, match="2 of 10 pictures"):
+        cache.prepare(encode, threads=0)
+    assert len(cache.damaged) == 2, "it did not go on to the end"

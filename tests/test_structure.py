@@ -19,7 +19,7 @@ PACKAGE = ROOT / "disttrain"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A part may import itself and the parts it names here; a part is a package or a single module.
-FOUNDATION = {"errors", "files", "randomness", "schema", "config", "config_file"}
+FOUNDATION = {"errors", "files", "randomness", "schema", "config", "config_file", "manifest"}
 ALLOWED: dict[str, set[str]] = {
     "errors": set(),
     "files": {"errors"},
@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "schema": {"errors", "files"},
     "config": set(),
     "config_file": {"errors", "schema", "config"},
+    "manifest": {"errors", "files", "schema", "config", "config_file"},
     "prompts": FOUNDATION,
     "data": FOUNDATION | {"prompts"},
     "models": FOUNDATION | {"prompts"},

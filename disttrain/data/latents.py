@@ -28,6 +28,7 @@ import torch
 
 from disttrain import files, randomness
 from disttrain.data import images
+from disttrain.data.samples import refuse_too_many
 from disttrain.data.source import SampleRecord, Source
 from disttrain.data.tensor_store import TensorStore
 from disttrain.data.window import fit, reduction
@@ -112,6 +113,7 @@ class LatentCache:
         precision: how moments are stored and returned; float16 clamps them to its finite range.
         samples: which of the source's samples belong to this cache; None for all.
         memory_limit: bytes of moments kept in memory; the rest is read from disk each time.
+        allowed: how many damaged pictures a call may find before it gives up; None for any number.
     """
 
     def __init__(
@@ -125,12 +127,14 @@ class LatentCache:
         precision: Precision = "float32",
         samples: Sequence[int] | None = None,
         memory_limit: int = MEMORY_LIMIT,
+        allowed: int | None = None,
     ) -> None:
         size = (resolution, resolution) if isinstance(resolution, int) else resolution
         self.height, self.width = size
         self.variants = variants
         self.samples = range(len(source.records)) if samples is None else samples
         self.damaged: dict[int, str] = {}
+        self._allowed = allowed
         self._source, self._vae_digest = source, vae_digest
         self._half = precision == "float16"
         kind = f"{vae_digest[:12]}-float16" if self._half else vae_digest[:12]
@@ -297,6 +301,9 @@ class LatentCache:
             else:
                 return picture.pixels
         self.damaged.update(reasons)
+        if self._allowed is not None:
+            lines, total = list(self.damaged.values()), len(self._source.records)
+            refuse_too_many(self._source.where, lines, self._allowed, total)
         return None
 
     def _where(self, sample: int) -> str:

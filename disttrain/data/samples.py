@@ -16,6 +16,8 @@ from typing import Protocol
 
 import numpy as np
 
+from disttrain.errors import DataError
+
 LENIENT_FROM = 100
 """Sets of so many samples may lose one in a hundred when nothing else is said."""
 
@@ -116,3 +118,16 @@ def allowance(samples: int, max_damaged: float | None) -> int:
     if max_damaged is None:
         return samples // 100 if samples >= LENIENT_FROM else 0
     return int(Decimal(str(max_damaged)) * samples)  # as written: 0.29 of 100 is 29, not 28.99
+
+
+def refuse_too_many(subject: str, damaged: Sequence[str], allowed: int, total: int) -> None:
+    """DataError with a list when more than `allowed` of `total` pictures are damaged."""
+    if len(damaged) <= min(allowed, total - 1):
+        return
+    if len(damaged) == 1:
+        raise DataError(damaged[0])
+    shown = "; ".join(damaged[:10]) + ("; ..." if len(damaged) > 10 else "")
+    raise DataError(
+        f"{len(damaged)} of {total} pictures of {subject} are damaged, {allowed} may be "
+        f"(data.max_damaged): {shown}"
+    )

@@ -20,6 +20,7 @@ from disttrain.data import images
 from disttrain.data.buckets import Size
 from disttrain.data.latents import LatentCache
 from disttrain.data.order import Order
+from disttrain.data.samples import refuse_too_many
 from disttrain.data.source import Source
 from disttrain.data.window import fit
 from disttrain.errors import DataError
@@ -164,16 +165,3 @@ class SampleStream:
     def epoch_of(self, position: int) -> int:
         """How many epochs lie before `position`."""
         return self.order.epoch_of(position)
-
-
-def refuse_too_many(subject: str, damaged: Sequence[str], allowed: int, total: int) -> None:
-    """DataError with a list when more than `allowed` of `total` pictures are damaged."""
-    if len(damaged) <= min(allowed, total - 1):
-        return
-    if len(damaged) == 1:
-        raise DataError(damaged[0])
-    shown = "; ".join(damaged[:10]) + ("; ..." if len(damaged) > 10 else "")
-    raise DataError(
-        f"{len(damaged)} of {total} pictures of {subject} are damaged, {allowed} may be "
-        f"(data.max_damaged): {shown}"
-    )

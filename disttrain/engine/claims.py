@@ -157,7 +157,7 @@ class Claims:
             "worker": self.worker,
             "space": self.space,
             "process": self.process,
-            "started": _state_and_start(self.process)[1],
+            "started": _of_process(self.process)[2],
             "seconds": self.seconds,
             "token": self._token,
         }
@@ -196,16 +196,19 @@ def _dead(process: object, started: object) -> bool:
         return True
     except (PermissionError, OverflowError):
         return False
-    state, start = _state_and_start(process)
-    ended = state in ("Z", "X")  # ended, though its parent has not asked for its exit code yet
+    state, threads, start = _of_process(process)
+    # Ended, though its parent has not asked for its exit code: its first thread seems so before the
+    # others have let go of their files.
+    ended = state in ("Z", "X") and threads <= 1
     return ended or (bool(start) and isinstance(started, str) and start != started)
 
 
-def _state_and_start(process: int) -> tuple[str, str]:
-    """State and start of a process, by which it differs from a later one of the same number."""
+def _of_process(process: int) -> tuple[str, int, str]:
+    """State, threads and start of a process; by its start it differs from a later one of the same
+    number."""
     try:
         text = Path(f"/proc/{process}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
-        return "", ""
+        return "", 0, ""
     words = text.rpartition(")")[2].split()
-    return words[0], words[19]
+    return words[0], int(words[17]), words[19]

@@ -18,14 +18,9 @@ from disttrain.data.buckets import Size
 from disttrain.data.joined import JoinedSource
 from disttrain.data.latents import MEMORY_LIMIT, LatentCache, Variants
 from disttrain.data.order import SampleOrder
+from disttrain.data.samples import refuse_too_many
 from disttrain.data.source import Source, open_source
-from disttrain.data.stream import (
-    CachedLatents,
-    DecodedPictures,
-    Pictures,
-    SampleStream,
-    refuse_too_many,
-)
+from disttrain.data.stream import CachedLatents, DecodedPictures, Pictures, SampleStream
 from disttrain.engine.class_images import class_image_folder
 from disttrain.engine.distributed import Mesh
 from disttrain.engine.pictures import SubjectData, allowed_damage
@@ -153,6 +148,7 @@ class StreamMaker:
             precision=data.latent_precision,
             samples=samples,
             memory_limit=self.memory_limit or MEMORY_LIMIT,
+            allowed=allowed_damage(config, source),
         )
         threads = 2 if data.num_workers is None else data.num_workers
         with self.progress.counter(f"latents of {source.where}") as counted:

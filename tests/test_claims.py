@@ -258,6 +258,24 @@ def test_a_worker_that_nobody_buried_is_dead(tmp_path: Path) -> None:
     ended.wait()
 
 
+def test_a_worker_is_dead_when_its_last_thread_is(tmp_path: Path) -> None:
+    """A killed worker's first thread ends before the others have let go of its files."""
+    program = (
+        "import ctypes, threading, time\n"
+        "threading.Thread(target=time.sleep, args=(60,)).start()\n"
+        "ctypes.CDLL(None).pthread_exit(None)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program])
+    until(lambda: Path(f"/proc/{process.pid}/stat").read_text().split()[2] == "Z")
+    with claims_of(tmp_path) as claims:
+        text = json.dumps(mark(space=claims.space, process=process.pid))
+        (tmp_path / "fox.json").write_text(text)
+        assert claims.take(["fox"], 1, anything) == []
+        process.kill()
+        until(lambda: claims.take(["fox"], 1, anything) == ["fox"])
+    process.wait()
+
+
 def test_another_process_of_the_same_number_is_not_the_worker(tmp_path: Path) -> None:
     with claims_of(tmp_path) as claims, claims_of(tmp_path, number=1) as other:
         other.take(["fox"], 1, anything)

@@ -269,7 +269,7 @@ def test_the_status_of_a_fleet_without_workers(
         ["owl", "stopped", "4/9", "0.0s"],
         ["elk", "failed", "0/9", "0.0s", "no", "pictures"],
         ["cod", "waiting", "0/0", "0.0s"],
-        "1 failed, 1 finished, 1 stopped, 1 waiting".split(),
+        ["1", "failed,", "1", "finished,", "1", "stopped,", "1", "waiting"],
     ]
 
 

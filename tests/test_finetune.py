@@ -76,6 +76,7 @@ def test_an_average_goes_on_from_its_checkpoint(run: Path, tmp_path: Path) -> No
     assert all(torch.equal(left.trainables[n], right.trainables[n]) for n in left.trainables)
 
 
+@pytest.mark.slow
 def test_no_average_unless_asked_for(tmp_path: Path) -> None:
     tree = finetune(tmp_path, max_steps=1)
     del tree["optim"]["ema_decay"]
@@ -113,6 +114,7 @@ def test_decoding_while_training_is_the_same_training(tmp_path: Path, workers: i
     assert not (tmp_path / "False/.cache/latents").exists()
 
 
+@pytest.mark.slow
 def test_half_precision_latents_are_near_and_half_as_large(tmp_path: Path) -> None:
     seen = []
     for precision in ("float32", "float16"):
@@ -160,6 +162,7 @@ def test_buckets_train_whole_pictures(mixed: Path, tmp_path: Path, cached: bool)
         assert {n.split("-")[1] for n in names} == {"80x48", "64x64", "48x80"}
 
 
+@pytest.mark.slow
 def test_buckets_without_a_cache_equal_those_with(mixed: Path, tmp_path: Path) -> None:
     found = []
     for cached in (True, False):
@@ -168,6 +171,7 @@ def test_buckets_without_a_cache_equal_those_with(mixed: Path, tmp_path: Path) -
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
+@pytest.mark.slow
 def test_class_pictures_take_the_size_of_the_subjects(mixed: Path, tmp_path: Path) -> None:
     tree = small_config("dreambooth", tmp_path)
     tree["subjects"][0]["images"] = str(mixed)
@@ -176,6 +180,7 @@ def test_class_pictures_take_the_size_of_the_subjects(mixed: Path, tmp_path: Pat
     assert len(losses(run)) == 6
 
 
+@pytest.mark.slow
 def test_subjects_of_several_sizes_train_one_after_another(mixed: Path, tmp_path: Path) -> None:
     tree = small_config("lora", tmp_path, max_steps=2)
     tree["data"] |= {"aspect_ratio_buckets": True, "bucket_step": 16}
@@ -228,7 +233,7 @@ def test_damaged_pictures_within_the_budget(tmp_path: Path, cached: bool) -> Non
     with pytest.raises(DataError, match="damaged"):
         train_here(tree)
     tree["data"]["max_damaged"] = 0.1
-    with pytest.raises(DataError, match="2 of 10 pictures of dolphin are damaged, 1 may be"):
+    with pytest.raises(DataError, match=r"2 of 10 pictures of .+ are damaged, 1 may be"):
         train_here(tree)
     tree["data"]["max_damaged"] = 0.2
     done = disttrain("train", write_config(tree, tmp_path / "config.yaml"))

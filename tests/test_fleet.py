@@ -253,6 +253,7 @@ def test_a_broken_picture_fails_its_subject_alone(pictures: Path, tmp_path: Path
     assert run_fleet(again, retry=True)[1] == 0
 
 
+@pytest.mark.slow
 def test_out_of_memory_makes_smaller_packs(
     pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -277,6 +278,7 @@ def test_out_of_memory_makes_smaller_packs(
         assert same(ends(run, [name])[name], expected[name]), name
 
 
+@pytest.mark.slow
 def test_pack_size_auto_changes_nothing_that_trains(pictures: Path, tmp_path: Path) -> None:
     rows = rows_of(pictures, "lora", 4)
     names = [row["name"] for row in rows]
@@ -296,6 +298,7 @@ def test_rows_that_are_added_are_trained_and_nothing_else(pictures: Path, tmp_pa
     assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
+@pytest.mark.slow
 def test_dreambooth_goes_through_the_same_queue(pictures: Path, tmp_path: Path) -> None:
     rows = [
         {k: v for k, v in row.items() if k != "optim.learning_rate"}

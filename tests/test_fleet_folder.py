@@ -89,7 +89,7 @@ def test_a_loss_that_is_no_number_is_none_in_the_table(loss: float, tmp_path: Pa
         "null",
         '"finished"',
         '{"status": "finished", "steps": "many"}',
-        '{"status": 5}',
+        '{"status": [5]}',
         '{"status": "finished", "steps": 6, "colour": "red"}',
         '{"status": "finished", "steps": null}',
         "\udcff",
@@ -204,7 +204,7 @@ def test_a_worker_that_began_with_an_earlier_manifest_keeps_rows_that_were_added
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"names": "fox"}', '{"names": [["fox"]]}'])
 def test_what_is_no_fleet(text: str, tmp_path: Path) -> None:
     folder = FleetFolder(tmp_path)
-    with pytest.raises(DataError, match="manifest.json"):
+    with pytest.raises(DataError, match=r"manifest\.json"):
         folder.names()
     (tmp_path / "manifest.json").write_text(text)
     with pytest.raises(DataError):

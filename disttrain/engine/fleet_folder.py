@@ -25,6 +25,7 @@ from disttrain.errors import ConfigError, DataError
 from disttrain.files import exclusively, read_json, write_json, write_text
 
 FINISHED, FAILED, TRAINING, WAITING = "finished", "failed", "training", "waiting"
+STOPPED = "stopped"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,14 @@ from disttrain.data.latents import MEMORY_LIMIT
 from disttrain.engine.checkpoint import Checkpoint
 from disttrain.engine.claims import Claims
 from disttrain.engine.distributed import Mesh
-from disttrain.engine.fleet_folder import FAILED, FINISHED, TRAINING, FleetFolder, Status
+from disttrain.engine.fleet_folder import (
+    FAILED,
+    FINISHED,
+    STOPPED,
+    TRAINING,
+    FleetFolder,
+    Status,
+)
 from disttrain.engine.fleet_keys import pack_key, settings_key
 from disttrain.engine.fleet_progress import FleetProgress
 from disttrain.engine.metrics import MetricsLog, StepRecord
@@ -253,6 +260,10 @@ class FleetWorker(Work):
         return f"stopped with {len(pack.active)} subjects in training"
 
     def close(self) -> None:
-        """Close the logs of subjects that are not at their end."""
-        for log in self.logs.values():
-            log.close()
+        """Say of the subjects that are not at their end that nobody trains them now."""
+        left = list(self.logs)
+        for name in left:
+            if self.claims.holds(name):
+                self._record(name, STOPPED)
+        if left:
+            self._let_go(left)

@@ -14,6 +14,7 @@ from pictures import uneven_shards
 
 from disttrain.files import read_tensors
 
+pytestmark = pytest.mark.slow  # test_loader.py has the same without real worlds
 TORCHRUN = [Path(sys.executable).parent / "torchrun"]
 PICTURES = 130
 
@@ -79,14 +80,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return train_here(tree)
 
 
-@pytest.mark.parametrize(
-    "world",
-    [
-        pytest.param(1, marks=pytest.mark.slow),
-        pytest.param(2, marks=pytest.mark.slow),
-        3,
-    ],
-)
+@pytest.mark.parametrize("world", [1, 2, 3])
 def test_a_run_goes_on_with_another_world(
     elastic: tuple[Path, Path], undisturbed: Path, world: int, tmp_path: Path
 ) -> None:

@@ -102,7 +102,9 @@ def data_config(folder: Path) -> Path:
     return write_config(tree, folder / "config.yaml")
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_run_with_workers_ends_as_if_it_had_not_stopped(tmp_path: Path, number: int) -> None:
     whole = disttrain("train", data_config(tmp_path / "whole"))
     assert whole.returncode == 0, whole.stderr

@@ -261,6 +261,9 @@ class FleetSettings:
     file systems without reliable locks, worker i of n takes every n-th."""
     lease_seconds: int = 60
     """A worker that gave no sign for so long has lost its subjects to whoever asks next."""
+    wait_for_others: bool = True
+    """A worker that finds nothing to claim waits while others train, to take over what they lose;
+    false: it leaves."""
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -346,3 +348,58 @@ def test_what_a_fleet_cannot_do_is_refused(
     with pytest.raises(ConfigError, match=words):
         run_fleet(members)
     assert not (tmp_path / "lora").exists()
+
+
+def test_changed_pictures_or_settings_stop_their_subject_alone(
+    pictures: Path, tmp_path: Path
+) -> None:
+    rows = rows_of(pictures, "lora", 4)
+    for number in (0, 1):
+        shutil.copytree(pictures / f"s{number}", tmp_path / f"p{number}")
+        rows[number]["images"] = str(tmp_path / f"p{number}")
+    run, _ = run_fleet(members_of(rows, "lora", tmp_path / "fleet", 4))
+    for row in rows:
+        row["train.max_steps"] += 2
+    next((tmp_path / "p0").iterdir()).unlink()
+    rows[2]["optim.learning_rate"] = 5e-4
+    rows[1]["images"] = str(tmp_path / "moved")  # elsewhere, but the same
+    (tmp_path / "p1").rename(tmp_path / "moved")
+    _, failed = run_fleet(members_of(rows, "lora", tmp_path / "fleet", 4))
+    assert failed == 2
+    told = table(run)
+    assert "its pictures changed" in told["s0"]["reason"]
+    assert "its settings changed" in told["s2"]["reason"]
+    assert "remove" in told["s2"]["reason"]
+    assert [told[name]["status"] for name in ("s1", "s3")] == ["finished", "finished"]
+    shutil.rmtree(run / "subjects/s2/checkpoints")
+    _, failed = run_fleet(members_of(rows, "lora", tmp_path / "fleet", 4), retry=True)
+    assert failed == 1
+    assert table(run)["s2"]["status"] == "finished"
+
+
+def test_a_lost_lease_is_let_go(
+    pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker took a subject from one that slept: the sleeper writes nothing of it."""
+    from disttrain.engine.fleet_worker import FleetWorker
+
+    rows = rows_of(pictures, "lora", 2)
+    whole = FleetWorker.leave_marks
+    seen: list[list[str]] = []
+
+    def stolen(self: FleetWorker, pack: Any) -> None:
+        claim = self.claims.folder / "s1.json"
+        if claim.exists() and pack.slots[0].step == 1:
+            claim.write_text(json.dumps({**json.loads(claim.read_text()), "token": "other"}))
+            self._looked = float("-inf")
+        whole(self, pack)
+        seen.append([slot.name for slot in pack.active])
+
+    monkeypatch.setattr(FleetWorker, "leave_marks", stolen)
+    members = members_of(rows, "lora", tmp_path, 2)
+    leaving = replace(members[0].fleet, wait_for_others=False)
+    run, _ = run_fleet([replace(member, fleet=leaving) for member in members])
+    assert seen[0] == ["s0"]
+    assert table(run)["s0"]["status"] == "finished"
+    assert not (run / "subjects/s1/s1.safetensors").exists()
+    assert table(run)["s1"]["status"] == "training"

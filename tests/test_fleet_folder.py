@@ -24,7 +24,7 @@ from disttrain.engine.fleet_folder import (
     FleetFolder,
     Status,
 )
-from disttrain.engine.fleet_keys import settings_key
+from disttrain.engine.settings_keys import settings_key
 from disttrain.errors import DataError
 from disttrain.files import write_json
 

@@ -22,7 +22,7 @@ from disttrain.engine.progress import Progress
 from disttrain.engine.run import check_base
 from disttrain.engine.run_folder import describe_environment
 from disttrain.engine.train import train_pack
-from disttrain.errors import ConfigError, UserError
+from disttrain.errors import ConfigError, DataError, UserError
 from disttrain.files import exclusively, write_json
 from disttrain.methods import METHODS
 
@@ -89,10 +89,14 @@ def open_fleet(
             METHODS[member.method.name].check(base, member)
         except UserError as error:
             worker.refused[name] = str(error)
-    fleet.path.mkdir(parents=True, exist_ok=True)
-    fleet.remember(list(worker.members))
-    environment = describe_environment(1, mesh.device)
-    write_json(fleet.path / "environment.json", environment | {"workers": place.count})
+    environment = describe_environment(1, mesh.device) | {"workers": place.count}
+    try:
+        fleet.path.mkdir(parents=True, exist_ok=True)
+        fleet.remember(list(worker.members))
+        write_json(fleet.path / "environment.json", environment)
+    except OSError as error:
+        raise DataError(f"{fleet.path}: {error.strerror or error}") from error
+    worker.warn_of_others()
     with claims:
         progress.say(f"fleet of {len(members)} subjects in {fleet.path}, worker {claims.worker}")
         _draw_class_pictures(worker, place)
@@ -135,7 +139,7 @@ def report(fleet: FleetFolder, names: list[str]) -> int:
     failed = sum(status.status == FAILED for status in statuses)
     left = len(names) - finished - failed
     progress.say(
-        f"{finished} of {len(names)} subjects finished, {failed} failed, {left} with other workers"
+        f"{finished} of {len(names)} subjects finished, {failed} failed, {left} not at their end"
     )
     progress.say(f"table       {fleet.path / 'fleet.csv'}")
     if failed:

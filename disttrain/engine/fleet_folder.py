@@ -19,8 +19,8 @@ from typing import Any
 
 from disttrain import schema
 from disttrain.config import RunConfig
-from disttrain.engine.fleet_keys import settings_key
 from disttrain.engine.run_folder import RunFolder
+from disttrain.engine.settings_keys import settings_key
 from disttrain.errors import ConfigError, DataError
 from disttrain.files import exclusively, read_json, write_json, write_text
 

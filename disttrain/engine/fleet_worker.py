@@ -22,14 +22,14 @@ from disttrain.engine.fleet_folder import (
     FleetFolder,
     Status,
 )
-from disttrain.engine.fleet_keys import pack_key, settings_key
 from disttrain.engine.fleet_progress import FleetProgress
 from disttrain.engine.metrics import MetricsLog, StepRecord
 from disttrain.engine.pack import Pack
 from disttrain.engine.pack_size import MOST, fitting_size
 from disttrain.engine.pictures import SubjectData, open_subject
-from disttrain.engine.progress import Progress
+from disttrain.engine.progress import Progress, join_names
 from disttrain.engine.run_folder import write_subject_config
+from disttrain.engine.settings_keys import pack_key, settings_key
 from disttrain.engine.slot import Slot
 from disttrain.engine.streams import StreamMaker
 from disttrain.engine.work import Work
@@ -69,10 +69,12 @@ class FleetWorker(Work):
         self.losses: dict[str, float] = {}
         self._begun: dict[str, tuple[float, float]] = {}
         self._tried: set[str] = set()
+        self._states: dict[str, Checkpoint | None] = {}
+        self._looked = time.monotonic()
 
     def next_pack(self) -> Pack | None:
         """The next pack of this worker; None when there is nothing left to claim."""
-        while names := self._take(self._room()):
+        while names := self._next_names():
             self.config = self.members[names[0]]
             self.mesh.set_accumulation(self.config.train.gradient_accumulation_steps)
             pack = self.assemble(self._open(names))
@@ -81,20 +83,52 @@ class FleetWorker(Work):
             if self.pack_size is None and self.config.together:
                 self.pack_size = fitting_size(pack, self.claims.place.count)
                 self.progress.say(f"pack size {self.pack_size} (fleet.pack_size: auto)")
-                self._change(pack, [], self._successors(pack, self.pack_size - len(pack.slots)))
+                room = self._fair(self.pack_size) - len(pack.slots)
+                self._change(pack, [], self._successors(pack, room))
             return pack
         return None
 
-    def _room(self) -> int:
-        """How many subjects the next pack may have."""
-        return 1 if self.pack_size is None or not self.config.together else self.pack_size
+    def _next_names(self) -> list[str]:
+        """Subjects of the next pack. While others train, waits for what they may lose."""
+        fleet, said = self.config.fleet, False
+        while True:
+            names = self._take(self._fair(self.pack_size or 1))
+            waits = fleet.wait_for_others and not self.claims.static
+            if names or not waits or not self._open_subjects():
+                return names
+            if not said:
+                self.progress.say("nothing left to claim; waiting in case others lose theirs")
+                said = True
+            time.sleep(min(5.0, fleet.lease_seconds / 4))
+
+    def _open_subjects(self) -> int:
+        """How many subjects still need training, by whomever."""
+        return sum(map(self._needs_training, self.members))
+
+    def _fair(self, size: int) -> int:
+        """A pack's size that leaves something for the workers that start beside this one."""
+        return max(1, min(size, -(-self._open_subjects() // self.claims.place.count)))
+
+    def warn_of_others(self) -> None:
+        """Subjects that were finished with other settings stay as they are; say so."""
+        others = [
+            name
+            for name, key in self.settings.items()
+            if not self._needs_training(name) and self.fleet.read(name).settings not in ("", key)
+        ]
+        if others:
+            self.progress.warn(
+                f"finished with other settings: {join_names(others)}; remove their folders in "
+                f"{self.folder.path / 'subjects'} to train them again"
+            )
 
     def _take(self, count: int, key: str = "") -> list[str]:
         """Claim up to `count` subjects that still need training, all of one pack key."""
 
         def wanted(name: str, taken: list[str]) -> bool:
             needed = key or (self.keys[taken[0]] if taken else "")
-            return (not needed or self.keys[name] == needed) and self._needs_training(name)
+            fits = not needed or (self.keys[name] == needed and self.members[name].together)
+            return fits and self._needs_training(name)
 
         return self.claims.take(self.members, count, wanted)
 
@@ -128,18 +162,30 @@ class FleetWorker(Work):
             except UserError as error:
                 self.fail(one.settings.name, str(error))
                 continue
-            for slot in slots:
-                write_subject_config(self.folder, slot.name, slot.config)
-                self._record(slot.name, TRAINING)
-            found += slots
+            found += [slot for slot in slots if self._begin(slot)]
         return found
 
-    def saved_state(self, slot: Slot) -> Checkpoint | None:
-        """A subject's newest checkpoint; its log is cut to that step."""
-        state = super().saved_state(slot)
+    def _begin(self, slot: Slot) -> bool:
+        """Look at a subject's checkpoint and open its log; a subject that must not go on fails."""
+        try:
+            state = self._states[slot.name] = super().saved_state(slot)
+        except UserError as error:
+            self.fail(slot.name, str(error))
+            return False
+        write_subject_config(self.folder, slot.name, slot.config)
         log = self.logs[slot.name] = MetricsLog(self.folder.subject(slot.name) / "metrics.jsonl")
         log.cut({slot.name: state.state["step"] if state else 0})
-        return state
+        self._record(slot.name, TRAINING)
+        self.fleet.write_table(list(self.members))
+        return True
+
+    def saved_state(self, slot: Slot) -> Checkpoint | None:
+        """A subject's newest checkpoint, as `make_slots` found it."""
+        return self._states.pop(slot.name)
+
+    def advice_to_start_over(self, slot: Slot) -> str:
+        """How a person starts a subject over."""
+        return f"remove {self.folder.checkpoints(slot.name)}"
 
     def _record(self, name: str, status: str, reason: str = "", slot: Slot | None = None) -> None:
         """Write a subject's status with what is known besides."""
@@ -162,7 +208,8 @@ class FleetWorker(Work):
     def fail(self, name: str, reason: str, slot: Slot | None = None) -> None:
         """A subject cannot be trained; the others go on."""
         self.progress.warn(f"{name} failed: {reason}")
-        self._record(name, FAILED, reason, slot)
+        if self.claims.holds(name):
+            self._record(name, FAILED, reason, slot)
         self._let_go([name])
 
     def _let_go(self, names: Sequence[str]) -> None:
@@ -174,13 +221,32 @@ class FleetWorker(Work):
         self.fleet.write_table(list(self.members))
 
     def mark_finished(self, done: Sequence[Slot]) -> None:
-        """Record subjects as finished, unless this worker slept and another has them now."""
+        """Record subjects as finished; their results are in place."""
         for slot in done:
-            if self.claims.holds(slot.name):
-                self._record(slot.name, FINISHED, slot=slot)
-                self.board.finished(slot.name, slot.step, self.losses.get(slot.name))
-            else:
-                self.progress.warn(f"{slot.name}: its lease ran out, another worker has it")
+            self._record(slot.name, FINISHED, slot=slot)
+            self.board.finished(slot.name, slot.step, self.losses.get(slot.name))
+
+    def leave_marks(self, pack: Pack) -> None:
+        """Checkpoints and previews; now and then a look at whether all are still this worker's."""
+        if time.monotonic() - self._looked > self.config.fleet.lease_seconds / 4:
+            self._looked = time.monotonic()
+            self._drop_lost(pack)
+        super().leave_marks(pack)
+
+    def end_those_done(self, pack: Pack) -> None:
+        """Results of finished subjects, but of those that another worker has by now."""
+        if any(slot.done for slot in pack.active):
+            self._drop_lost(pack)
+        super().end_those_done(pack)
+
+    def _drop_lost(self, pack: Pack) -> None:
+        """A worker that slept longer than its leases lets go of what others took."""
+        lost = [slot for slot in pack.active if not self.claims.holds(slot.name)]
+        if lost:
+            names = [slot.name for slot in lost]
+            self.progress.warn(f"the leases of {join_names(names)} ran out, others have them")
+            self._let_go(names)
+            self._change(pack, lost, self._successors(pack, len(lost)))
 
     def after_end(self, pack: Pack, done: Sequence[Slot]) -> None:
         """Finished subjects leave; the next ones of the manifest take their slots."""

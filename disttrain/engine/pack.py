@@ -32,6 +32,7 @@ from disttrain.engine.optim import (
     schedule_factor,
     set_rates,
 )
+from disttrain.engine.settings_keys import training_key
 from disttrain.engine.slot import Slot
 from disttrain.errors import CheckpointError
 from disttrain.methods import METHODS
@@ -209,6 +210,7 @@ class Pack:
             "cursor": slot.cursor,
             "subject": slot.name,
             "source": slot.source,
+            "settings": training_key(slot.config),
             "world_size": self.mesh.world,
         }
         if self.mesh.scaler is not None:
@@ -226,14 +228,7 @@ class Pack:
         return {name: value[index : index + 1].clone() for name, value in tensors.items()}
 
     def arrange(self, slots: Sequence[Slot], found: Sequence[Checkpoint | None]) -> None:
-        """Fill the slots with these subjects, each from its state or, for None, from its start.
-
-        Raises:
-            CheckpointError: a state belongs to other pictures or other tensors.
-        """
-        for slot, state in zip(slots, found, strict=True):
-            if state is not None:
-                _refuse_other(slot, state)
+        """Fill the slots with these subjects, each from its state or, for None, from its start."""
         self.slots = list(slots)
         if self.config.packable:
             self._stack(found)
@@ -279,9 +274,14 @@ class Pack:
                 self.average.values[name] = torch.cat([a.to(parameter.device) for a in averages])
 
 
-def _refuse_other(slot: Slot, state: Checkpoint) -> None:
-    if state.state["source"] != slot.source:
-        raise CheckpointError(
-            f"{slot.name}: its pictures changed since its checkpoint was written; "
-            "put them back, or use --fresh"
-        )
+def refuse_other(slot: Slot, state: Checkpoint, advice: str) -> None:
+    """CheckpointError unless a slot may go on from a state: same pictures, same settings."""
+    for what, saved, now in [
+        ("pictures", state.state["source"], slot.source),
+        ("settings", state.state["settings"], training_key(slot.config)),
+    ]:
+        if saved != now:
+            raise CheckpointError(
+                f"{slot.name}: its {what} changed since its checkpoint was written; "
+                f"put them back, or {advice}"
+            )

@@ -14,7 +14,7 @@ from disttrain.config import RunConfig
 from disttrain.engine.checkpoint import Checkpoint, newest_checkpoint, write_checkpoint
 from disttrain.engine.distributed import Mesh
 from disttrain.engine.metrics import StepRecord
-from disttrain.engine.pack import Pack
+from disttrain.engine.pack import Pack, refuse_other
 from disttrain.engine.pictures import SubjectData
 from disttrain.engine.previews import draw_previews
 from disttrain.engine.progress import Progress
@@ -118,7 +118,12 @@ class Work:
         self.progress.warn_from(self.mesh.rank, text)
 
     def saved_state(self, slot: Slot) -> Checkpoint | None:
-        """A subject's newest whole checkpoint."""
+        """A subject's newest whole checkpoint.
+
+        Raises:
+            CheckpointError: there are some but none is whole, or it is of other pictures or
+                settings.
+        """
         folder = self.folder.checkpoints(slot.name)
         found = newest_checkpoint(folder)
         if found is None:
@@ -128,9 +133,14 @@ class Work:
             self.progress.warn(f"passed over {line}")
         if checkpoint.state["subject"] != slot.name:
             raise CheckpointError(f"{path}: belongs to {checkpoint.state['subject']}")
+        refuse_other(slot, checkpoint, self.advice_to_start_over(slot))
         step = checkpoint.state["step"]
         self.progress.say(f"{slot.name}: going on from step {step} ({path})")
         return checkpoint
+
+    def advice_to_start_over(self, slot: Slot) -> str:
+        """How a person starts a subject over."""
+        return "use --fresh"
 
     def save(self, pack: Pack, slots: Sequence[Slot]) -> None:
         """Write checkpoints of some slots; every rank calls it, rank zero writes."""

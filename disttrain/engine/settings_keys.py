@@ -1,7 +1,7 @@
-"""Which settings subjects of one pack share, and which each has for itself.
+"""Digests of settings: what a pack shares, what a result depends on, what may go on.
 
-Between the manifest and the workers of a fleet. Invariant: subjects with one pack key give the same
-results in one pack as alone.
+Between settings and packs. Invariant: subjects with one pack key give the same results in one pack
+as alone; a checkpoint goes on only under the training key it was written with.
 """
 
 from __future__ import annotations
@@ -45,3 +45,13 @@ def settings_key(member: RunConfig) -> str:
     flat = schema.flatten(schema.to_mapping(member))
     kept = {k: v for k, v in flat.items() if not k.startswith(MAY_CHANGE) or k == "train.max_steps"}
     return digest_of(kept)
+
+
+def training_key(member: RunConfig) -> str:
+    """Equal for settings with which a subject that was begun may go on.
+
+    Where its pictures lie does not count: their digest is kept beside it.
+    """
+    flat = schema.flatten(schema.to_mapping(member))
+    places = ("subjects.0.images", "subjects.0.class_images")
+    return digest_of({k: v for k, v in flat.items() if not k.startswith((*MAY_CHANGE, *places))})

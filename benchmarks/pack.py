@@ -16,6 +16,7 @@ import argparse
 import json
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -80,15 +81,15 @@ def members(method: str, count: int, output: Path, steps: int, base: str) -> lis
 class Packs:
     """A pack of each size, made over one base after another."""
 
-    def __init__(self, method: str, folder: Path, base: str) -> None:
-        self.members = members(method, max(SIZES), folder, 10**6, base)
+    def __init__(self, method: str, folder: Path, base: str, sizes: Sequence[int] = SIZES) -> None:
+        self.members = members(method, max(sizes), folder, 10**6, base)
         self.mesh = Mesh(self.members[0])
         claims = Claims(folder / "claims", 60, WorkerPlace(0, 1), static=False)
         self.worker = FleetWorker(
             self.members, self.mesh, Progress(False, details=False), claims, retry=False
         )
         self.packs: dict[int, Pack] = {}
-        for size in SIZES:
+        for size in sizes:
             data = self.worker._open(list(self.worker.members)[:size])
             pack = self.worker.assemble(data)
             assert pack is not None
@@ -142,6 +143,22 @@ def script_step(method: str, base: BaseModel) -> Callable[[], None]:
     return step
 
 
+def peak_of(method: str, size: int, base: str) -> int:
+    """Peak memory in bytes of a process that takes three updates of a pack."""
+    command = [sys.executable, __file__, "--base", base, "--peak", method, str(size)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return int(done.stdout.split()[-1])
+
+
+def print_peak(method: str, size: int, options: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        packs = Packs(method, Path(name), options.base, (size,))
+        for _ in range(3):
+            packs.step(size)
+        packs.mesh.release()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+
+
 def seconds_of(work: Callable[[], None], at_least: float) -> float:
     """Mean time of one call, over calls for so many seconds."""
     work()
@@ -173,6 +190,7 @@ def measure(method: str, options: argparse.Namespace, folder: Path) -> dict[str,
         "seconds_of_an_update": rounds,
         "seconds_to_load_the_base": loading,
         "bytes_per_subject": bytes_per_subject(packs.packs[8]),
+        "peak_bytes": {size: peak_of(method, size, options.base) for size in (8, 32)},
         "bytes_reduced_a_step": own,
         "bytes_of_optimizer_state": 2 * own,
         "bytes_reduced_by_the_script": rows * width * 4 if method != "lora" else own,
@@ -206,6 +224,11 @@ def on_ranks(folder: Path, subjects: int, steps: int) -> dict[str, float]:
     return found
 
 
+def by_peaks(peaks: dict[Any, int]) -> float:
+    """MiB of one more subject, from the peaks of two packs."""
+    return (peaks[32] - peaks[8]) / 24 / 2**20
+
+
 def table(result: dict[str, Any]) -> str:
     """The figures for people."""
     lines = [f"{result['machine']}, base {result['base']}, {result['threads']} thread(s)"]
@@ -233,7 +256,8 @@ def table(result: dict[str, Any]) -> str:
             "",
             f"loading the base: {found['seconds_to_load_the_base']:.1f} s, once for the fleet, and "
             "once a subject with the script",
-            f"memory of one more subject: {found['bytes_per_subject'] / 2**20:.2f} MiB",
+            f"memory of one more subject: {found['bytes_per_subject'] / 2**20:.2f} MiB by what a "
+            f"step keeps, {by_peaks(found['peak_bytes']):.2f} MiB by peaks of packs of 8 and 32",
             f"all-reduced a step: {found['bytes_reduced_a_step']:,} bytes a subject; the script: "
             f"{found['bytes_reduced_by_the_script']:,}",
             f"optimizer state: {found['bytes_of_optimizer_state']:,} bytes a subject",
@@ -253,8 +277,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--ranks", action="store_true", help="also 64 subjects on 1 and 2 ranks")
     parser.add_argument("--output", type=Path, help="JSON file for the result")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
+    if options.peak:
+        print_peak(options.peak[0], int(options.peak[1]), options)
+        return
     result: dict[str, Any] = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "base": options.base,

@@ -112,3 +112,16 @@ def test_a_world_that_does_not_divide_is_refused(
     code, said = launch(5, config, f"output_dir={output}")
     assert code != 0
     assert "12 pictures cannot be split over 5 processes; use 1, 2, 3, 4, 6, 12" in said
+
+
+def test_textual_inversion_sends_its_own_rows_only(tmp_path: Path) -> None:
+    """Two vectors of 64 numbers, where the public script sends the whole vocabulary."""
+    tree = small_config("textual_inversion", tmp_path)
+    config = write_config(tree, tmp_path / "config.yaml")
+    command = [*TORCHRUN, "--nproc-per-node", "2", "--master-port", free_port()]
+    probe = ROOT / "tests/distributed/traffic_probe.py"
+    done = run_command(*command, probe, config, tmp_path / "seen.json", timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    seen = json.loads((tmp_path / "seen.json").read_text())
+    assert seen["sent"] == 2 * 64 * 4
+    assert seen["state"] == 2 * 2 * 64 * 4 + 8  # two moments and a step count

@@ -227,6 +227,8 @@ def test_a_worker_that_dies_is_noticed(shards: dict[int, Path]) -> None:
     assert processes
     for process in processes:
         process.kill()
+    started = time.monotonic()
     with pytest.raises(DataError, match="decoding ahead failed"):
         read(loader, ((12,), 0), 20)
+    assert time.monotonic() - started < 30
     loader.close()

@@ -24,7 +24,6 @@ from disttrain.data.stream import Sample, SampleStream
 from disttrain.errors import DataError
 
 PREFETCHED = 2  # micro-batches that each worker is ahead
-STALL_SECONDS = 300.0
 _STARTED_BY = "forkserver"  # a plain fork would copy the locks of torch's and gloo's threads
 Turn = tuple[tuple[int, ...], int]
 """(cursor of each subject, micro-batch)."""
@@ -112,7 +111,7 @@ class SampleLoader:
         """(stream, sample) of each row, and the content of all rows `[R, ...]`.
 
         Raises:
-            DataError: more pictures are damaged than may be, or a worker died or stalled.
+            DataError: more pictures are damaged than may be, or a worker died.
         """
         rows = self._reader[turn] if not self.workers else self._next(turn)
         for number, picture, why in rows["damaged"]:
@@ -142,7 +141,7 @@ class SampleLoader:
             self._ahead = iter(self._start(turn))
         try:
             return next(self._ahead)
-        except (RuntimeError, EOFError, OSError) as error:  # how a worker's death or silence shows
+        except (RuntimeError, EOFError, OSError) as error:  # how a worker's death shows
             line = str(error).split("\n", 1)[0] or type(error).__name__
             raise DataError(
                 f"decoding ahead failed ({line}); run again, with data.num_workers=0 if it repeats"
@@ -151,13 +150,13 @@ class SampleLoader:
     def _start(self, turn: Turn) -> DataLoader[Rows]:
         context = torch.multiprocessing.get_context(_STARTED_BY)
         context.set_forkserver_preload([__name__])
+        # No time-out: with one, torch looks whether workers live only when it is over.
         return DataLoader(
             self._reader,
             batch_size=None,  # the reader makes whole batches itself
             sampler=_Turns(self.share, turn),
             num_workers=self.workers,
             pin_memory=self.pin,
-            timeout=STALL_SECONDS,
             worker_init_fn=_begin_work,
             multiprocessing_context=context,
             prefetch_factor=PREFETCHED,

@@ -20,7 +20,6 @@ import json
 import logging
 import math
 import os
-import stat
 import time
 from collections.abc import Iterable
 from pathlib import Path
@@ -29,6 +28,7 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 
 from disttrain import files
+from disttrain.data.plain_files import open_plain
 
 ITEMS_PER_FILE = 64
 SECONDS_PER_FILE = 20.0  # a slow rank must show progress well within the others' patience
@@ -133,7 +133,7 @@ class TensorStore:
 
     def _read(self, place: _Place) -> torch.Tensor:
         found = torch.empty(place.shape, dtype=self.dtype)
-        descriptor = _open(place.path)
+        descriptor = open_plain(place.path)
         try:
             count = os.preadv(
                 descriptor, [found.view(-1).view(torch.uint8).numpy().data], place.begin
@@ -176,11 +176,6 @@ class TensorStore:
         return tuple(shape), offsets[0]
 
 
-def _open(path: Path) -> int:
-    # Without O_NONBLOCK, opening a named pipe that somebody put there would wait for ever.
-    return os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-
-
 def _header(path: Path) -> tuple[dict[str, Any], int, int]:
     """Header of a safetensors file, where its values begin, and where the file ends.
 
@@ -188,20 +183,18 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
     {name: {"dtype", "shape", "data_offsets": [begin, end]}} with free text under "__metadata__";
     the values, to which the offsets are relative.
     """
-    descriptor = _open(path)
+    descriptor = open_plain(path)
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("not a plain file")
+        size = os.fstat(descriptor).st_size
         length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-        if not 0 < length <= min(_HEADER_LIMIT, status.st_size - 8):
+        if not 0 < length <= min(_HEADER_LIMIT, size - 8):
             raise ValueError("not a whole safetensors file")
         header = json.loads(os.pread(descriptor, length, 8))
     finally:
         os.close(descriptor)
     if not isinstance(header, dict):
         raise ValueError("damaged header")
-    return header, 8 + length, status.st_size
+    return header, 8 + length, size
 
 
 def _whole_numbers(values: Any) -> TypeGuard[list[int]]:

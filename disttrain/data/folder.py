@@ -18,7 +18,7 @@ import numpy as np
 from disttrain import files
 from disttrain.data import images, metadata
 from disttrain.data.plain_files import decode_text, fits_a_line, read_bounded
-from disttrain.data.samples import SampleRecord, SourceOptions, allowance
+from disttrain.data.samples import SampleRecord, SourceOptions, allowance, refuse_too_many
 from disttrain.errors import DataError
 
 CAPTION_LIMIT = 2**16  # bytes; a text encoder looks at a few hundred, but all are cut into tokens
@@ -26,7 +26,6 @@ DECODED_AT_OPENING = 300
 """Folders of up to so many pictures are decoded once when opened, larger ones by header only."""
 _MASK_SUFFIX = ".mask.png"
 _COMPANION_SUFFIXES = frozenset({".txt", ".md", ".json", ".jsonl", ".csv", ".yaml", ".yml"})
-_SHOWN = 5
 _THREADS = min(4, os.cpu_count() or 1)  # each may hold a decoded picture of the largest size
 
 
@@ -133,7 +132,8 @@ class FolderSource:
             looked = list(pool.map(self._look_at, listing.pictures))
         found = [(name, *seen) for name, seen in looked if not isinstance(seen, str)]
         self.damaged = [seen for _, seen in looked if isinstance(seen, str)]
-        self._refuse_too_many(len(found), options)
+        total = len(listing.pictures)
+        refuse_too_many(self.where, self.damaged, allowance(total, options.max_damaged), total)
         self._names = [name for name, _, _ in found]
         self.records = [record for _, record, _ in found]
         self.sizes = [len(self.records)]
@@ -156,20 +156,6 @@ class FolderSource:
             return None
         name = self._listing.masks[self.records[index].key]
         return self._unchanged(self._listing.folder / name, digest)
-
-    def _refuse_too_many(self, left: int, options: SourceOptions) -> None:
-        """DataError if more pictures are damaged than may be, or all of them."""
-        damaged, total = len(self.damaged), len(self._listing.pictures)
-        allowed = allowance(total, options.max_damaged)
-        if damaged <= allowed and left:
-            return
-        if damaged == 1:
-            raise DataError(self.damaged[0])
-        more = f"; and {damaged - _SHOWN} more" if damaged > _SHOWN else ""
-        raise DataError(
-            f"{self.where}: {damaged} of {total} pictures cannot be used ({allowed} may be): "
-            f"{'; '.join(self.damaged[:_SHOWN])}{more}"
-        )
 
     def _look_at(self, name: str) -> tuple[str, tuple[SampleRecord, str | None] | str]:
         """Name and what is there: record and digest of its mask, or what is wrong with it."""

@@ -18,6 +18,7 @@ import numpy as np
 
 from disttrain.errors import DataError
 
+_SHOWN = 5
 LENIENT_FROM = 100
 """Sets of so many samples may lose one in a hundred when nothing else is said."""
 
@@ -120,14 +121,14 @@ def allowance(samples: int, max_damaged: float | None) -> int:
     return int(Decimal(str(max_damaged)) * samples)  # as written: 0.29 of 100 is 29, not 28.99
 
 
-def refuse_too_many(subject: str, damaged: Sequence[str], allowed: int, total: int) -> None:
-    """DataError with a list when more than `allowed` of `total` pictures are damaged."""
+def refuse_too_many(where: str, damaged: Sequence[str], allowed: int, total: int) -> None:
+    """DataError with a list when more than `allowed` of `total` pictures are damaged, or all."""
     if len(damaged) <= min(allowed, total - 1):
         return
     if len(damaged) == 1:
         raise DataError(damaged[0])
-    shown = "; ".join(damaged[:10]) + ("; ..." if len(damaged) > 10 else "")
+    more = f"; and {len(damaged) - _SHOWN} more" if len(damaged) > _SHOWN else ""
     raise DataError(
-        f"{len(damaged)} of {total} pictures of {subject} are damaged, {allowed} may be "
-        f"(data.max_damaged): {shown}"
+        f"data.max_damaged: {where}: {len(damaged)} of {total} pictures cannot be used "
+        f"({allowed} may be): {'; '.join(damaged[:_SHOWN])}{more}"
     )

@@ -7,9 +7,11 @@ code raises arrives as DataError, or as StoreTrouble where trying again may help
 
 from __future__ import annotations
 
+import asyncio
 import io
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -33,6 +35,13 @@ SLOWEST = 2**16
 _PIECE = 2**22
 _BUFFER = 2**20
 _GLOB_LETTERS = {"http": "*[", "s3": "*?[", "gs": "*?["}
+_STORE_ERRORS = (
+    ("aiohttp", "ClientError"),
+    ("botocore.exceptions", "BotoCoreError"),
+    ("botocore.exceptions", "ClientError"),
+    ("gcsfs.retry", "HttpError"),
+    ("google.auth.exceptions", "GoogleAuthError"),
+)
 _Result = TypeVar("_Result")
 
 
@@ -268,13 +277,23 @@ def _explained(url: str) -> Iterator[None]:
         raise DataError(f"{url}: no permission to read it; check your credentials") from error
     except ValueError as error:
         raise DataError(f"{url}: {_line(error)}") from error
-    except Exception as error:  # each store has exceptions of its own
+    except _store_errors() as error:
         status = getattr(error, "status", None) or getattr(error, "code", None)
         if isinstance(status, int) and 400 <= status < 500 and status not in (408, 425, 429):
             raise DataError(f"{url}: refused (status {status})") from error
         if "Credentials" in type(error).__name__:
             raise DataError(f"{url}: {_line(error)}; set them up for this store") from error
         raise StoreTrouble(_line(error)) from error
+
+
+def _store_errors() -> tuple[type[Exception], ...]:
+    """What the stores' packages raise; those that are not loaded raise nothing."""
+    own = [
+        getattr(sys.modules[module], name)
+        for module, name in _STORE_ERRORS
+        if module in sys.modules
+    ]
+    return (OSError, asyncio.TimeoutError, EOFError, RuntimeError, *own)
 
 
 def _line(error: Exception) -> str:

@@ -246,7 +246,10 @@ def test_a_fleet_may_be_looked_at_before_anything_is_written(
     assert main(["fleet", *words, "--dry-run", "train.max_steps=9"]) == 0
     first, fox, penguin, *_, last = capsys.readouterr().out.splitlines()
     assert first == f"fleet of 5 subjects in {tmp_path}/runs/fox-lora"
-    assert fox.split() == ["fox", "examples/subjects/fox", "token", "sks"]
+    assert fox.split() == [
+        *("fox", "examples/subjects/fox", "token", "sks"),
+        *("optim.learning_rate=0.00025", "train.max_steps=9"),
+    ]
     assert penguin.split()[-1] == "train.max_steps=200"
     assert last == "nothing was written (dry run)"
     assert list(tmp_path.iterdir()) == []

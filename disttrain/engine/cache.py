@@ -36,7 +36,7 @@ def fill_caches(config: RunConfig) -> None:
         progress.say(f"loading base model {config.base_model}")
         base = configured_base(config)
         data = [open_subject(alone(config, one), progress) for one in config.subjects]
-        maker = StreamMaker(config, mesh, base, progress)
+        maker = StreamMaker(config, mesh, base, progress, together=len(data))
         maker.make(data)
         dtype = mesh.weight_dtype if config.packable else torch.float32
         placed(base.text_encoder, mesh.device, dtype)

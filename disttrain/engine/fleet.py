@@ -16,7 +16,7 @@ from disttrain.engine.batch_size import settle_batch
 from disttrain.engine.claims import Claims
 from disttrain.engine.class_images import class_image_folder, class_images_lock, given_class_images
 from disttrain.engine.distributed import Mesh, WorkerPlace, leave_launcher
-from disttrain.engine.fleet_folder import FAILED, FINISHED, FleetFolder
+from disttrain.engine.fleet_folder import FAILED, FINISHED, STOPPED, TRAINING, FleetFolder
 from disttrain.engine.fleet_worker import FleetWorker
 from disttrain.engine.progress import Progress
 from disttrain.engine.run import check_base
@@ -148,17 +148,17 @@ def report(fleet: FleetFolder, names: list[str]) -> int:
 
 
 def fleet_plan(members: Sequence[RunConfig]) -> list[str]:
-    """What `fleet --dry-run` prints: every subject and what is its own."""
-    shared = schema.flatten(schema.to_mapping(members[0]))
+    """What `fleet --dry-run` prints: every subject, and the settings in which subjects differ."""
+    flat = [schema.flatten(schema.to_mapping(member)) for member in members]
+    differing = [
+        key
+        for key in dict.fromkeys(key for own in flat for key in own)
+        if not key.startswith("subjects.") and len({own.get(key) for own in flat}) > 1
+    ]
     lines = [f"fleet of {len(members)} subjects in {members[0].folder}"]
-    for member in members:
+    for member, own in zip(members, flat, strict=True):
         (subject,) = member.subjects
-        own = schema.flatten(schema.to_mapping(member))
-        other = [
-            f"{key}={value}"
-            for key, value in own.items()
-            if shared.get(key) != value and not key.startswith("subjects.")
-        ]
+        other = [f"{key}={own[key]}" for key in differing if key in own]
         lines.append(
             f"  {subject.name}  {subject.images}  token {subject.token}  {' '.join(other)}"
         )
@@ -178,8 +178,8 @@ def status_lines(folder: FleetFolder, claims: Claims) -> list[str]:
     counts: dict[str, int] = {}
     for name in names:
         status = folder.read(name)
-        word = "training" if name in owners else status.status
-        word = "stopped" if word == "training" and name not in owners else word
+        orphaned = status.status == TRAINING and name not in owners
+        word = TRAINING if name in owners else STOPPED if orphaned else status.status
         counts[word] = counts.get(word, 0) + 1
         loss = "" if status.loss is None else f"loss {status.loss:.4f}"
         by = owners.get(name, status.worker)

@@ -10,7 +10,6 @@ import time
 from collections.abc import Sequence
 
 from disttrain.config import RunConfig
-from disttrain.data.latents import MEMORY_LIMIT
 from disttrain.engine.checkpoint import Checkpoint
 from disttrain.engine.claims import Claims
 from disttrain.engine.distributed import Mesh
@@ -69,6 +68,8 @@ class FleetWorker(Work):
         self.losses: dict[str, float] = {}
         self._begun: dict[str, tuple[float, float]] = {}
         self._tried: set[str] = set()
+        self._over: set[str] = set()
+        """Subjects known to need no more training; they never come to need it while this runs."""
         self._states: dict[str, Checkpoint | None] = {}
         self._looked = time.monotonic()
 
@@ -133,8 +134,13 @@ class FleetWorker(Work):
         return self.claims.take(self.members, count, wanted)
 
     def _needs_training(self, name: str) -> bool:
+        if name in self._over:  # asked again and again, while others wait for the lock
+            return False
         retry = self.retry and name not in self._tried
-        return self.fleet.needs_training(self.members[name], retry)
+        needed = self.fleet.needs_training(self.members[name], retry)
+        if not needed and not retry:
+            self._over.add(name)
+        return needed
 
     def _open(self, names: Sequence[str]) -> list[SubjectData]:
         """The subjects whose pictures and prompts are right; the others fail."""
@@ -151,10 +157,13 @@ class FleetWorker(Work):
                 self.fail(name, str(error))
         return found
 
+    def subjects_in_memory(self, count: int) -> int:
+        """As many as a pack of this worker may have."""
+        return self.pack_size or MOST
+
     def make_slots(self, maker: StreamMaker, data: Sequence[SubjectData]) -> list[Slot]:
         """Slots of the subjects whose latents could be made; the others fail."""
         self.maker = maker
-        maker.memory_limit = MEMORY_LIMIT // (2 * (self.pack_size or MOST))
         found: list[Slot] = []
         for one in data:
             try:

@@ -27,7 +27,7 @@ from disttrain.engine.run_folder import (
 )
 from disttrain.engine.slot import Slot, alone
 from disttrain.engine.work import Work
-from disttrain.errors import ConfigError
+from disttrain.errors import ConfigError, TrainingFailed
 from disttrain.files import FolderLock, remove_temporaries, write_json
 from disttrain.methods import METHODS
 from disttrain.methods.base import token_warning
@@ -73,8 +73,30 @@ class Run(Work):
     def after_end(self, pack: Pack, done: Sequence[Slot]) -> None:
         """Finished subjects idle until the others are: with several processes tensors keep their
         shape."""
-        super().after_end(pack, done)
+        for slot in done:
+            slot.idle = True
         self.done.update({slot.name: slot.step for slot in done})
+
+    def end_those_failed(self, pack: Pack, failed: Sequence[int]) -> None:
+        """The run ends, as one cause may be in all.
+
+        Raises:
+            TrainingFailed: naming the subjects.
+        """
+        if failed:
+            lines = "; ".join(pack.describe_failure(i) for i in failed)
+            raise TrainingFailed(
+                f"{lines}. Look at the pictures and run again, or use --fresh with a lower "
+                "learning rate"
+            )
+
+    def place_of(self, pack: Pack) -> str:
+        """Where a pack that was asked to stop stands."""
+        return f"stopped at step {max(slot.step for slot in pack.active)}"
+
+    def advice_to_start_over(self, slot: Slot) -> str:
+        """How a person starts a subject over."""
+        return "use --fresh"
 
     def write_curve(self, name: str) -> None:
         """Bring a subject's loss curve up to date."""

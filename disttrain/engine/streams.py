@@ -50,28 +50,33 @@ class VaeEncoder:
 class StreamMaker:
     """Makes the streams of subjects over one base.
 
+    Args:
+        together: subjects whose latents are in memory at a time; they share it equally.
+
     Attributes:
         encoder: the VAE, which pixels need while training; caches have used it already.
         encoded: pictures that this rank encoded because no cache had them.
-        memory_limit: bytes of latents that one cache keeps in memory; None shares what there is
-            among the subjects of the first call.
     """
 
-    def __init__(self, config: RunConfig, mesh: Mesh, base: BaseModel, progress: Progress) -> None:
+    def __init__(
+        self,
+        config: RunConfig,
+        mesh: Mesh,
+        base: BaseModel,
+        progress: Progress,
+        together: int,
+    ) -> None:
         self.config, self.mesh, self.base, self.progress = config, mesh, base, progress
         self.encoder = VaeEncoder(base, mesh.device)
         self.encoded = 0
-        self.memory_limit: int | None = None
+        streams_of_each = 1 if config.prior is None else 2
+        self.memory_of_stream = MEMORY_LIMIT // (streams_of_each * together)
 
     def make(self, subjects: Sequence[SubjectData]) -> tuple[list[SubjectStreams], dict[str, str]]:
         """Streams of each subject, and the digest of what each is taught from.
 
         Draws missing class pictures and encodes missing latents.
         """
-        if self.memory_limit is None:
-            streams_of_each = 1 if self.config.prior is None else 2
-            caches = streams_of_each * sum(len(data.sizes) for data in subjects)
-            self.memory_limit = MEMORY_LIMIT // caches
         # All class pictures before any latents: the UNet and the VAE take turns in memory.
         classes = [self._class_source(data) for data in subjects]
         streams, digests = [], {}
@@ -110,7 +115,7 @@ class StreamMaker:
         if config.data.cache_latents:
             # Class pictures come at the size of the subject's pictures beside them.
             caches = {
-                size: self._cache(config, source, size, _members(data, number) if own else None)
+                size: self._cache(data, source, size, _members(data, number) if own else None)
                 for number, size in enumerate(data.sizes)
             }
             # Normally the same on all ranks; a read that failed in passing would make them differ.
@@ -134,9 +139,9 @@ class StreamMaker:
         return stream
 
     def _cache(
-        self, config: RunConfig, source: Source, size: Size, samples: list[int] | None
+        self, subject: SubjectData, source: Source, size: Size, samples: list[int] | None
     ) -> LatentCache:
-        data = config.data
+        data = subject.config.data
         random = not data.center_crop
         crops = data.cached_crops if random else 1
         cache = LatentCache(
@@ -147,8 +152,8 @@ class StreamMaker:
             vae_digest=self.base.vae_digest,
             precision=data.latent_precision,
             samples=samples,
-            memory_limit=self.memory_limit or MEMORY_LIMIT,
-            allowed=allowed_damage(config, source),
+            memory_limit=self.memory_of_stream // len(subject.sizes),
+            allowed=allowed_damage(subject.config, source),
         )
         threads = 2 if data.num_workers is None else data.num_workers
         with self.progress.counter(f"latents of {source.where}") as counted:

@@ -7,6 +7,7 @@ at any moment goes on from its newest checkpoint and ends with the result of one
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -22,7 +23,7 @@ from disttrain.engine.run_folder import RunFolder
 from disttrain.engine.slot import Slot
 from disttrain.engine.streams import StreamMaker, VaeEncoder
 from disttrain.engine.text_cache import cache_prompts
-from disttrain.errors import CheckpointError, TrainingFailed
+from disttrain.errors import CheckpointError
 from disttrain.methods.batch import Batcher, make_loader
 from disttrain.models.base import BaseModel, configured_base
 
@@ -43,7 +44,7 @@ class Bar(Protocol):
         ...
 
 
-class Work:
+class Work(ABC):
     """The packs of one process. `config` is what its subjects share."""
 
     def __init__(self, config: RunConfig, mesh: Mesh, progress: Progress) -> None:
@@ -68,7 +69,9 @@ class Work:
         if not data:
             return None
         base = self.load_base()
-        maker = StreamMaker(self.config, self.mesh, base, self.progress)
+        maker = StreamMaker(
+            self.config, self.mesh, base, self.progress, self.subjects_in_memory(len(data))
+        )
         slots = self.make_slots(maker, data)
         if not slots:
             self.base = base
@@ -84,6 +87,10 @@ class Work:
         fresh = [slot for slot in slots if slot.step == 0]
         if fresh and self.config.train.sample_every:
             self.preview(pack, fresh)
+
+    def subjects_in_memory(self, count: int) -> int:
+        """How many subjects' latents a pack that begins with `count` may come to hold."""
+        return count
 
     def make_slots(self, maker: StreamMaker, data: Sequence[SubjectData]) -> list[Slot]:
         """Slots of subjects with their data, at their start."""
@@ -137,10 +144,6 @@ class Work:
         step = checkpoint.state["step"]
         self.progress.say(f"{slot.name}: going on from step {step} ({path})")
         return checkpoint
-
-    def advice_to_start_over(self, slot: Slot) -> str:
-        """How a person starts a subject over."""
-        return "use --fresh"
 
     def save(self, pack: Pack, slots: Sequence[Slot]) -> None:
         """Write checkpoints of some slots; every rank calls it, rank zero writes."""
@@ -202,36 +205,30 @@ class Work:
         self.mesh.on_rank_zero(write)
         self.after_end(pack, done)
 
+    @abstractmethod
     def end_those_failed(self, pack: Pack, failed: Sequence[int]) -> None:
-        """A loss or gradient was not finite: a run ends, as one cause may be in all.
+        """What becomes of slots whose loss or gradient was not finite; there may be none."""
 
-        Raises:
-            TrainingFailed: naming the subjects.
-        """
-        if failed:
-            lines = "; ".join(pack.describe_failure(i) for i in failed)
-            raise TrainingFailed(
-                f"{lines}. Look at the pictures and run again, or use --fresh with a lower "
-                "learning rate"
-            )
+    @abstractmethod
+    def after_end(self, pack: Pack, done: Sequence[Slot]) -> None:
+        """What becomes of the slots of subjects whose results are in place."""
 
+    @abstractmethod
     def place_of(self, pack: Pack) -> str:
         """Where a pack that was asked to stop stands."""
-        return f"stopped at step {max(slot.step for slot in pack.active)}"
 
-    def after_end(self, pack: Pack, done: Sequence[Slot]) -> None:
-        """What becomes of the slots of finished subjects: they idle until the pack ends."""
-        for slot in done:
-            slot.idle = True
+    @abstractmethod
+    def advice_to_start_over(self, slot: Slot) -> str:
+        """How a person starts a subject over."""
 
+    @abstractmethod
     def mark_finished(self, done: Sequence[Slot]) -> None:
         """Record subjects as finished; their results are in place. Rank zero calls it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def write_curve(self, name: str) -> None:
         """Bring a subject's loss curve up to date. Rank zero calls it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def log(self, records: Sequence[StepRecord]) -> None:
         """Keep the records of one update. Rank zero calls it."""
-        raise NotImplementedError

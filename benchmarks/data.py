@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,7 @@ from disttrain.data.stream import CachedLatents, DecodedPictures, Pictures, Samp
 from disttrain.data.window import fit
 
 WORKERS = (0, 1, 2)
+Sizes = Generator[int, None, None]
 
 
 def photo(side: int, seed: int) -> bytes:
@@ -94,7 +95,7 @@ def cache_of(folder: Path, options: argparse.Namespace, **limits: Any) -> Latent
     )
 
 
-def batches_of_ours(folder: Path, options: argparse.Namespace, kind: str) -> Iterator[int]:
+def batches_of_ours(folder: Path, options: argparse.Namespace, kind: str) -> Sizes:
     """Sizes of the batches of our loader, without end."""
     source = open_source(folder / "shards")
     name, _, workers = kind.partition("-")
@@ -146,7 +147,7 @@ class Window:
         return window(sample[0], self.to, self.ours)
 
 
-def batches_of_webdataset(folder: Path, options: argparse.Namespace, kind: str) -> Iterator[int]:
+def batches_of_webdataset(folder: Path, options: argparse.Namespace, kind: str) -> Sizes:
     """The webdataset package's own pipeline: shuffle shards and samples, decode, window, batch."""
     import webdataset
 
@@ -180,7 +181,7 @@ class PictureFolder(torch.utils.data.Dataset[torch.Tensor]):
             return window(image, self.to)
 
 
-def batches_of_folder(folder: Path, options: argparse.Namespace, kind: str) -> Iterator[int]:
+def batches_of_folder(folder: Path, options: argparse.Namespace, kind: str) -> Sizes:
     workers = int(kind.partition("-")[2])
     loader = torch.utils.data.DataLoader(
         PictureFolder(folder / "pictures", options.to),
@@ -195,7 +196,7 @@ def batches_of_folder(folder: Path, options: argparse.Namespace, kind: str) -> I
             yield len(batch)
 
 
-def raw_tar(folder: Path, options: argparse.Namespace, kind: str) -> Iterator[int]:
+def raw_tar(folder: Path, options: argparse.Namespace, kind: str) -> Sizes:
     """Every picture's bytes, compared with their digest, nothing decoded."""
     source = open_source(folder / "shards")
     while True:
@@ -235,7 +236,7 @@ def decode_only(folder: Path, options: argparse.Namespace, kind: str) -> tuple[i
 
 
 NAMES = ("loader", "webdataset", "webdataset_fit", "folder")
-SOURCES: dict[str, Callable[[Path, argparse.Namespace, str], Iterator[int]]] = {
+SOURCES: dict[str, Callable[[Path, argparse.Namespace, str], Sizes]] = {
     "tar": raw_tar,
     "loader": batches_of_ours,
     "latents": batches_of_ours,
@@ -266,7 +267,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, float]:
         while time.perf_counter() - started < options.seconds:
             count += next(batches)
         seconds = time.perf_counter() - started
-        batches.close()  # type: ignore[attr-defined]
+        batches.close()
     own = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     child = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     return {"images_per_second": count / seconds, "peak_mb": (own + child) / 1024}

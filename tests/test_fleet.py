@@ -56,7 +56,7 @@ def rows_of(pictures: Path, method: str, count: int = 8) -> list[dict[str, Any]]
 
 
 def members_of(
-    rows: list[dict[str, Any]], method: str, output: Path, pack_size: int, **train: Any
+    rows: list[dict[str, Any]], method: str, output: Path, pack_size: int | str, **train: Any
 ) -> list[RunConfig]:
     tree = small_config(method, output, checkpoint_every=2, gradient_accumulation_steps=2, **train)
     tree["data"]["batch_size"] = 2
@@ -285,7 +285,7 @@ def test_pack_size_auto_changes_nothing_that_trains(pictures: Path, tmp_path: Pa
     rows = rows_of(pictures, "lora", 4)
     names = [row["name"] for row in rows]
     expected = ends(run_fleet(members_of(rows, "lora", tmp_path / "four", 4))[0], names)
-    automatic = members_of(rows, "lora", tmp_path / "auto", "auto")  # type: ignore[arg-type]
+    automatic = members_of(rows, "lora", tmp_path / "auto", "auto")
     run, _ = run_fleet(automatic)
     for name in names:
         assert same(ends(run, [name])[name], expected[name]), name

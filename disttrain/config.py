@@ -266,6 +266,27 @@ class FleetSettings:
     false: it leaves."""
 
 
+Strategy = Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp"]
+
+
+@dataclass(frozen=True)
+class ParallelSettings:
+    """How a model that trains whole lies over the processes of a run; results are the same."""
+
+    strategy: Strategy = "auto"
+    """ddp keeps everything on every process. DeepSpeed's zero1 splits the optimizer's state over
+    them, zero2 gradients too, zero3 weights too (Rajbhandari et al. 2020); fsdp is torch's own way
+    to split all three. auto: what an accelerate launch file says, else ddp. For lora and
+    textual_inversion, which train a few MB, ddp."""
+    offload_optimizer: bool = False
+    """With zero1 to zero3: keep the optimizer's state in the machine's memory and step there."""
+    deepspeed_config: str = ""
+    """DeepSpeed JSON whose zero_optimization section is used instead of the usual one; batch,
+    accumulation, clipping and precision stay this config's."""
+    force: bool = False
+    """Split the frozen base of lora and textual_inversion by fsdp although ddp is faster."""
+
+
 @dataclass(frozen=True)
 class RunConfig:
     """One run: a base model, a method, and the subjects to teach."""
@@ -286,6 +307,8 @@ class RunConfig:
     """What the words of a picture are."""
     fleet: FleetSettings = field(default_factory=FleetSettings)
     """Many subjects from a manifest."""
+    parallel: ParallelSettings = field(default_factory=ParallelSettings)
+    """How a model lies over the processes of a run."""
     output_dir: str = "runs"
     """Folder that holds run folders, and the cache of latents they share."""
     base_model: str = "tiny"

@@ -43,6 +43,7 @@ def parse_config(tree: dict[str, Any]) -> RunConfig:
     _check_run(config)
     _check_numbers(config)
     _check_data(config)
+    check_parallel(config)
     for i, subject in enumerate(config.subjects):
         _check_subject(config, subject, f"subjects.{i}")
     return config
@@ -178,6 +179,36 @@ def _check_data(config: RunConfig) -> None:
         _refuse("captions.keep_tags", "nothing is shuffled or dropped; remove it")
     if captions.dropout and isinstance(config.method, TextualInversionSettings):
         _refuse("captions.dropout", "without its prompt a new token learns nothing; remove it")
+
+
+def check_parallel(config: RunConfig) -> None:
+    """Refuse ways to split a model that the method or other settings do not allow.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    parallel, method = config.parallel, config.method.name
+    key, strategy = "parallel.strategy", parallel.strategy
+    splits = strategy not in ("auto", "ddp")
+    if parallel.offload_optimizer and strategy in ("ddp", "fsdp"):
+        _refuse("parallel.offload_optimizer", f"not for {strategy}; use {key}: zero2 or zero3")
+    if parallel.deepspeed_config and strategy in ("ddp", "fsdp"):
+        _refuse("parallel.deepspeed_config", f"not for {strategy}; use {key}: zero2 or zero3")
+    if splits and config.mixed_precision == "fp16":
+        _refuse("mixed_precision", f"fp16 is not for {strategy}; use bf16, or {key}: ddp")
+    if splits and strategy != "fsdp" and config.optim.ema_decay:
+        _refuse("optim.ema_decay", f"not with {strategy}; use {key}: fsdp or ddp, or remove it")
+    if parallel.force and not (config.packable and strategy == "fsdp"):
+        _refuse("parallel.force", "forces fsdp on lora and textual_inversion; remove it")
+    if config.packable and splits and not parallel.force:
+        _refuse(
+            key,
+            f"{strategy} splits a model that trains whole; {method} trains a few MB, so ddp is "
+            "faster (or disttrain fleet: other subjects on each GPU); remove it"
+            + (", or set parallel.force: true" if strategy == "fsdp" else ""),
+        )
+    if parallel.force and config.train.sample_prompts:
+        _refuse("train.sample_prompts", "no previews while the base is split (parallel.force)")
 
 
 def _check_subject(config: RunConfig, subject: SubjectSettings, where: str) -> None:

@@ -169,10 +169,16 @@ def restore_parameters(parameters: dict[str, Tensor], saved: dict[str, Tensor], 
     Raises:
         CheckpointError: the names or shapes are not those of this run.
     """
-    if parameters.keys() != saved.keys():
-        raise CheckpointError(f"{path}: holds other tensors than this run trains; use --fresh")
+    check_same_tensors({name: value.shape for name, value in parameters.items()}, saved, path)
     with torch.no_grad():
         for name, parameter in parameters.items():
-            if parameter.shape != saved[name].shape:
-                raise CheckpointError(f"{path}: {name} has another shape; use --fresh")
             parameter.copy_(saved[name])
+
+
+def check_same_tensors(shapes: dict[str, torch.Size], saved: dict[str, Tensor], path: str) -> None:
+    """CheckpointError unless the saved tensors are those that train, by name and shape."""
+    if shapes.keys() != saved.keys():
+        raise CheckpointError(f"{path}: holds other tensors than this run trains; use --fresh")
+    for name, shape in shapes.items():
+        if shape != saved[name].shape:
+            raise CheckpointError(f"{path}: {name} has another shape; use --fresh")

@@ -30,6 +30,8 @@ from accelerate.utils import (
     gather_object,
 )
 from torch import Tensor, nn
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from disttrain.config import RunConfig
 from disttrain.errors import ConfigError, DataError, UserError
@@ -38,6 +40,7 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 LAUNCHER_NAMES = {
     *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
     *("ROLE_RANK", "ROLE_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT"),
+    *("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"),
 }
 Result = TypeVar("Result")
 
@@ -78,7 +81,10 @@ class Mesh:
 
     Args:
         config: mixed precision and accumulation go to Accelerate from here, so that no launcher
-            file can contradict them.
+            file can contradict them; `launcher_settings.settle_parallel` has seen it.
+
+    Attributes:
+        strategy: how a model that trains whole is laid out; one rank has nothing to split.
 
     Raises:
         UserError: the world is not the one the launcher announced (Accelerate alone would make
@@ -94,6 +100,8 @@ class Mesh:
                 raise ConfigError(
                     f"train.trackers: {name} is not installed; pip install 'disttrain[trackers]'"
                 )
+        if on_cpu:  # else DeepSpeed, which Accelerate imports, warns that it finds no GPU
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
         self.accelerator = Accelerator(
             cpu=on_cpu,
             log_with=list(config.train.trackers) or None,
@@ -111,6 +119,9 @@ class Mesh:
         self.world = self.accelerator.num_processes
         self.device = self.accelerator.device
         _refuse_other_world(self.world)
+        parallel = config.parallel
+        alone = self.world == 1 and not parallel.offload_optimizer
+        self.strategy = "ddp" if alone or parallel.strategy == "auto" else parallel.strategy
 
     @property
     def is_main(self) -> bool:
@@ -132,8 +143,24 @@ class Mesh:
             # Accelerate has no other name yet for the option that torch renamed.
             warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
             prepared = self.accelerator.prepare(model, optimizer)
-        self._prepared.append(weakref.ref(prepared[0]))
+        self.watch(prepared[0])
         return prepared
+
+    def watch(self, module: nn.Module) -> None:
+        """Remember a module that talks to other ranks by itself: it must go before their group."""
+        self._prepared.append(weakref.ref(module))
+
+    def need_group(self) -> None:
+        """Make a process group of one where no launcher made one, as DeepSpeed wants it."""
+        os.environ.setdefault("LOCAL_RANK", "0")
+        if not torch.distributed.is_initialized():
+            backend = "nccl" if self.device.type == "cuda" else "gloo"
+            store = HashStore()
+            torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
+
+    def device_mesh(self) -> DeviceMesh:
+        """All ranks in one row, over which tensors are split."""
+        return init_device_mesh(self.device.type, (self.world,))
 
     def set_accumulation(self, steps: int) -> None:
         """How many micro-batches make an update, once the batch has been settled."""
@@ -163,6 +190,10 @@ class Mesh:
     def mean(self, values: Tensor) -> Tensor:
         """Mean over ranks of a tensor of the same shape on each."""
         return self.accelerator.reduce(values, reduction="mean")  # type: ignore[return-value]
+
+    def sum(self, values: Tensor) -> Tensor:
+        """Sum over ranks of a tensor of the same shape on each."""
+        return self.accelerator.reduce(values, reduction="sum")  # type: ignore[return-value]
 
     def gather(self, value: Result) -> list[Result]:
         """The value of every rank, in order; it travels by pickle. Not to wait for slow work."""

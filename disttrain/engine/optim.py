@@ -162,10 +162,15 @@ def clip_gradients(parameters: list[Tensor], norms: Tensor, limits: Sequence[flo
 
     A limit of 0 means none.
     """
-    bounds = norms.new_tensor([limit or math.inf for limit in limits])
-    factors = (bounds / (norms + 1e-6)).clamp(max=1.0)
+    factors = clip_factors(norms, limits)
     for parameter in parameters:
         if parameter.grad is not None:
             shape = (-1,) + (1,) * (parameter.dim() - 1) if len(factors) > 1 else ()
             factor = factors.view(shape) if shape else factors[0]
             parameter.grad.mul_(factor.to(parameter.grad.dtype))
+
+
+def clip_factors(norms: Tensor, limits: Sequence[float]) -> Tensor:
+    """What brings gradients of these norms `[S]` to at most their limits; 0 means no limit."""
+    bounds = norms.new_tensor([limit or math.inf for limit in limits])
+    return (bounds / (norms + 1e-6)).clamp(max=1.0)

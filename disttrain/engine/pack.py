@@ -7,49 +7,31 @@ so one that was saved, moved to another pack or another slot goes on exactly as 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from disttrain.config import RunConfig
-from disttrain.engine.average import WeightAverage
-from disttrain.engine.checkpoint import (
-    Checkpoint,
-    optimizer_tensors,
-    restore_optimizer,
-    restore_parameters,
-)
+from disttrain.engine.checkpoint import Checkpoint
 from disttrain.engine.distributed import Mesh
 from disttrain.engine.optim import (
     PackedAdamW,
-    clip_gradients,
-    gradient_norms,
     learning_rate_factor,
-    make_optimizer,
     schedule_factor,
     set_rates,
 )
+from disttrain.engine.placement import Outcome, place_weights
 from disttrain.engine.settings_keys import training_key
 from disttrain.engine.slot import Slot
 from disttrain.errors import CheckpointError
 from disttrain.methods import METHODS
-from disttrain.methods.base import Method, all_parameters
+from disttrain.methods.base import Method
 from disttrain.methods.batch import Batcher
-from disttrain.methods.objective import Denoiser
 from disttrain.models.base import BaseModel
 from disttrain.models.packed import placed
 from disttrain.models.text import ContextCache
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What an update did: gradient norm before clipping of each slot, and the slots that failed."""
-
-    norms: list[float]
-    failed: list[int]
 
 
 class Pack:
@@ -71,11 +53,6 @@ class Pack:
         placed(base.text_encoder, mesh.device, dtype)
         kind: type[Method] = METHODS[config.method.name]
         self.method = kind(base, [slot.config for slot in slots])
-        groups = self.method.groups()
-        self.parameters: dict[str, Tensor] = {**all_parameters(groups)}
-        self.parameter_names = {value: name for name, value in self.parameters.items()}
-        decay = config.optim.ema_decay
-        self.average = WeightAverage(self.parameters, decay) if decay else None
         if config.train.gradient_checkpointing:
             # Inactive in evaluation mode; neither model has dropout, so nothing else changes. The
             # reentrant kind loses gradients where a layer's input needs none.
@@ -83,9 +60,7 @@ class Pack:
             base.unet.train()
             base.text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
             base.text_encoder.train(self.method.trains_text)
-        text_encoder = base.text_encoder if self.method.trains_text else None
-        denoiser = Denoiser(base.unet, text_encoder, base.scheduler).to(mesh.device)
-        self.denoiser, self.optimizer = mesh.prepare(denoiser, make_optimizer(config, groups))
+        self.placement = place_weights(config, mesh, base, self.method)
         self.contexts = ContextCache(self.method.tokenizer, base.text_encoder)
         self.batcher: Batcher | None = None
         self.factor = learning_rate_factor(
@@ -94,6 +69,21 @@ class Pack:
             config.data.batch_size,
             config.train.gradient_accumulation_steps,
         )
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The module that trains, as it is called."""
+        return self.placement.denoiser
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The trainable tensors, or this rank's parts of them."""
+        return self.placement.parameters
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """What changes them."""
+        return self.placement.optimizer
 
     @property
     def active(self) -> list[Slot]:
@@ -126,12 +116,10 @@ class Pack:
             if self.batcher is not None:
                 self.batcher.loader.close()
 
-    def averaged(self) -> AbstractContextManager[None]:
-        """Inside, the weights are those that results are made from: the average, if there is one.
-
-        No step may be taken inside.
-        """
-        return nullcontext() if self.average is None else self.average.applied()
+    def whole(self) -> AbstractContextManager[None]:
+        """Inside, rank zero has complete weights to draw with and to write, of the average if there
+        is one. Every rank enters; no step may be taken inside."""
+        return self.placement.whole()
 
     def begin_step(self) -> None:
         """Set the learning rates of the coming update; idle subjects stay as they are."""
@@ -162,26 +150,16 @@ class Pack:
         Args:
             losses: mean over all ranks and micro-batches, so every rank decides alike.
         """
-        self.mesh.unscale(self.optimizer)
-        parameters = list(self.parameters.values())
-        norms = gradient_norms(parameters, self.config.packable)
-        finite = torch.tensor(losses).isfinite()
-        if self.mesh.scaler is None:  # the fp16 scaler skips infinite gradients by itself
-            finite &= norms.isfinite().cpu()
-        outcome = Outcome(norms.tolist(), [i for i, good in enumerate(finite.tolist()) if not good])
-        if outcome.failed:
-            self._hold_back(outcome.failed)
+        finite = torch.tensor(losses).isfinite().tolist()
         limits = [slot.config.optim.max_grad_norm for slot in self.slots]
-        clip_gradients(parameters, norms.nan_to_num(0.0, 0.0), limits)
-        if len(outcome.failed) < len(self.slots):
-            self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        outcome = self.placement.step(finite, limits)
         for i, slot in enumerate(self.slots):
             if i not in outcome.failed:
                 slot.step += not slot.idle
                 slot.cursor += self.samples_per_step
-        if self.average is not None:
-            self.average.update([slot.step for slot in self.slots])
+        average = self.placement.average
+        if average is not None:
+            average.update([slot.step for slot in self.slots])
         return outcome
 
     def describe_failure(self, index: int) -> str:
@@ -192,15 +170,6 @@ class Pack:
             f"{slot.cursor} to {slot.cursor + self.samples_per_step - 1}); its weights are those "
             f"of step {slot.step}"
         )
-
-    def _hold_back(self, failed: list[int]) -> None:
-        """Make the coming update leave these slots as they are."""
-        for parameter in self.parameters.values():
-            if parameter.grad is not None and self.config.packable:
-                parameter.grad[failed] = 0
-        for group in self.optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"][failed] = 0
 
     def state_of(self, index: int) -> Checkpoint:
         """All of a subject that a step changes; tensors keep an axis of one subject."""
@@ -215,10 +184,8 @@ class Pack:
         }
         if self.mesh.scaler is not None:
             state["scaler"] = self.mesh.scaler.state_dict()
-        optimizer = optimizer_tensors(self.optimizer, self.parameter_names)
-        trainables = {name: value.detach() for name, value in self.parameters.items()}
-        average = self.average.values if self.average is not None else {}
-        parts = (trainables, optimizer, average)
+        whole = self.placement.gather()
+        parts = (whole.trainables, whole.optimizer, whole.average)
         return Checkpoint(state, *(self._slice(tensors, index) for tensors in parts))
 
     def _slice(self, tensors: dict[str, Tensor], index: int) -> dict[str, Tensor]:
@@ -233,11 +200,7 @@ class Pack:
         if self.config.packable:
             self._stack(found)
         elif found[0] is not None:
-            place = self.slots[0].name
-            restore_parameters(self.parameters, found[0].trainables, place)
-            restore_optimizer(self.optimizer, self.parameter_names, found[0].optimizer)
-            if self.average is not None:
-                restore_parameters(self.average.values, found[0].average, place)
+            self.placement.restore(found[0], self.slots[0].name)
         self.method.arrange([slot.config for slot in slots])
         for slot, state in zip(slots, found, strict=True):
             if state is not None:
@@ -266,12 +229,13 @@ class Pack:
                     if saved is not None:
                         value[i : i + 1] = saved.to(value.device)
             self.optimizer.state[parameter] = blank
-            if self.average is not None:
+            average = self.placement.average
+            if average is not None:
                 averages = [
                     part if state is None else state.average[name]
                     for part, state in zip(parts, found, strict=True)
                 ]
-                self.average.values[name] = torch.cat([a.to(parameter.device) for a in averages])
+                average.values[name] = torch.cat([a.to(parameter.device) for a in averages])
 
 
 def refuse_other(slot: Slot, state: Checkpoint, advice: str) -> None:

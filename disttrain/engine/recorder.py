@@ -11,7 +11,8 @@ from statistics import median
 from types import TracebackType
 
 from disttrain.engine.metrics import StepRecord
-from disttrain.engine.pack import Outcome, Pack
+from disttrain.engine.pack import Pack
+from disttrain.engine.placement import Outcome
 from disttrain.engine.progress import plain_duration
 from disttrain.engine.work import Work
 

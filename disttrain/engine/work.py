@@ -155,22 +155,22 @@ class Work(ABC):
             for _, slot, state in states:
                 write_checkpoint(self.folder.checkpoints(slot.name), slot.step, state, keep)
                 self.write_curve(slot.name)
-            if self.config.packable:
-                with pack.averaged():
-                    for i, slot, _ in states:
-                        folder = self.folder.subject(slot.name) / "steps"
-                        pack.method.export(i, folder, f"{slot.name}-{slot.step:08d}", slot.step)
+
+        def export() -> None:
+            for i, slot, _ in states:
+                folder = self.folder.subject(slot.name) / "steps"
+                pack.method.export(i, folder, f"{slot.name}-{slot.step:08d}", slot.step)
 
         self.mesh.on_rank_zero(write)
+        if self.config.packable:
+            with pack.whole():
+                self.mesh.on_rank_zero(export)
 
     def preview(self, pack: Pack, slots: Sequence[Slot]) -> None:
         """Draw preview pictures of some slots; every rank calls it, rank zero draws."""
 
-        def draw() -> None:
-            with pack.averaged():
-                draw_previews(pack, slots, self.config, self.folder)
-
-        self.mesh.on_rank_zero(draw)
+        with pack.whole():
+            self.mesh.on_rank_zero(lambda: draw_previews(pack, slots, self.config, self.folder))
 
     def leave_marks(self, pack: Pack) -> None:
         """Checkpoints and previews that are due after an update, but for those at their end."""
@@ -195,14 +195,14 @@ class Work(ABC):
             self.preview(pack, unseen)
 
         def write() -> None:
-            with pack.averaged():
-                for i, slot in enumerate(pack.slots):
-                    if slot in done:
-                        folder = self.folder.subject(slot.name)
-                        pack.method.export(i, folder, slot.name, slot.step)
+            for i, slot in enumerate(pack.slots):
+                if slot in done:
+                    folder = self.folder.subject(slot.name)
+                    pack.method.export(i, folder, slot.name, slot.step)
             self.mark_finished(done)
 
-        self.mesh.on_rank_zero(write)
+        with pack.whole():
+            self.mesh.on_rank_zero(write)
         self.after_end(pack, done)
 
     @abstractmethod

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from disttrain import randomness
+from disttrain.models.parts import BaseModel
 from disttrain.models.text import encode_ids
 
 
@@ -79,6 +80,11 @@ class Denoiser(nn.Module):
         self.text_encoder = text_encoder
         self.predicts_velocity = scheduler.config["prediction_type"] == "v_prediction"
         self.register_buffer("alphas_cumprod", scheduler.alphas_cumprod, persistent=False)
+
+    @classmethod
+    def over(cls, base: BaseModel, with_text: bool) -> Denoiser:
+        """Over a base model's parts; with its text encoder where prompts are encoded inside."""
+        return cls(base.unet, base.text_encoder if with_text else None, base.scheduler)
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         latents, noise, timesteps = batch["latents"], batch["noise"], batch["timesteps"]

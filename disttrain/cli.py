@@ -10,17 +10,22 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from disttrain import __version__
+from disttrain.cluster.commands import add_launch, add_slurm, joined
+from disttrain.cluster.exit_codes import told
 from disttrain.errors import EXIT_DONE, EXIT_TRAINING_FAILED, EXIT_USER_ERROR, UserError
 
 EXAMPLES = {
     "train": "disttrain train configs/lora.yaml train.max_steps=200 subjects.0.token=ohwx",
     "cache": "disttrain cache configs/finetune.yaml",
     "fleet": "disttrain fleet examples/fleet.csv configs/lora.yaml name=examples",
+    "launch": "disttrain launch configs/lora.yaml --nproc 2",
+    "slurm": "disttrain slurm configs/lora.yaml --nodes 2 --gpus-per-node 8 --time 12:00:00",
     "shard": "disttrain shard examples/subjects/fox shards/fox --max-size 100MB",
     "sample": 'disttrain sample runs/fox-lora --prompt "a photo of {token} {class_name}"',
     "doctor": "disttrain doctor",
@@ -41,9 +46,15 @@ def build_parser() -> argparse.ArgumentParser:
 
     _add_train(commands)
     _add_fleet(commands)
+    add_launch(_command(commands, "launch", "train on several processes or machines"))
+    add_slurm(_command(commands, "slurm", "submit a training or a fleet as a SLURM job"))
     _add_shard(commands)
     _add_sample(commands)
-    _command(commands, "doctor", "show versions, devices and what is missing")
+    doctor = _command(commands, "doctor", "show versions, devices and what is missing")
+    text = "under a launcher: what its processes see of each other; they must share OUTPUT_DIR"
+    doctor.add_argument(
+        "--distributed", nargs="?", const="runs", metavar="OUTPUT_DIR", help=f"{text} (runs)"
+    )
     keys = _command(commands, "keys", "list every config key with its help")
     keys.add_argument("prefix", nargs="?", default="", help="only keys that start with this")
     return parser
@@ -142,10 +153,16 @@ def _command(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns its exit code."""
+    """Run one command; returns its exit code, which a launch that started it is told too."""
+    return told(lambda: _main(arguments))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     parser = build_parser()
-    options, rest = parser.parse_known_args(arguments)
-    if options.command in ("train", "cache", "fleet"):  # overrides may also stand after an option
+    options, rest = parser.parse_known_args(
+        joined(sys.argv[1:] if arguments is None else arguments)
+    )
+    if "overrides" in options:  # overrides may also stand after an option
         words = [word for word in rest if not word.startswith("-")]
         options.overrides = [*options.overrides, *words]
         rest = [word for word in rest if word.startswith("-")]
@@ -158,7 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return COMMANDS[options.command](options)
     except UserError as error:
         rank = os.environ.get("RANK", "0")
-        prefix = f"[rank {rank}] " if rank != "0" else ""
+        prefix = f"[{socket.gethostname()} rank {rank}] " if rank != "0" else ""
         print(f"{prefix}disttrain: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     except KeyboardInterrupt:
@@ -220,6 +237,26 @@ def _fleet(options: argparse.Namespace) -> int:
             print(line)
         return EXIT_DONE
     return EXIT_TRAINING_FAILED if train_fleet(members, options.retry_failed) else EXIT_DONE
+
+
+def _launch(options: argparse.Namespace) -> int:
+    from disttrain.cluster.node import launch
+
+    return launch(options)
+
+
+def _slurm(options: argparse.Namespace) -> int:
+    from disttrain.cluster import slurm_job, slurm_status
+
+    run: Path | None = options.status
+    if options.cancel is not None:
+        slurm_job.refuse_beside(options, "--cancel")
+        return slurm_status.cancel(options.cancel)
+    if run is None:
+        return slurm_job.submit(options)
+    slurm_job.refuse_beside(options, "--status")
+    slurm_status.status(run)
+    return _fleet(options) if (run / "manifest.json").is_file() else EXIT_DONE
 
 
 def _shard(options: argparse.Namespace) -> int:
@@ -322,10 +359,10 @@ def _sample(options: argparse.Namespace) -> int:
     return EXIT_DONE
 
 
-def _doctor(_: argparse.Namespace) -> int:
-    from disttrain.review.doctor import examine
+def _doctor(options: argparse.Namespace) -> int:
+    from disttrain.review.doctor import examine, examine_together
 
-    return examine()
+    return examine() if options.distributed is None else examine_together(options.distributed)
 
 
 def _keys(options: argparse.Namespace) -> int:
@@ -344,6 +381,8 @@ COMMANDS = {
     "train": _train,
     "cache": _cache,
     "fleet": _fleet,
+    "launch": _launch,
+    "slurm": _slurm,
     "shard": _shard,
     "sample": _sample,
     "doctor": _doctor,

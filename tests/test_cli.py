@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,52 @@ SURFACE: dict[str, list[tuple[str, Any, Any, bool, Any]]] = {
         ("--size", None, None, False, int),
         ("--output", None, None, False, Path),
     ],
-    "doctor": [],
+    "doctor": [("--distributed", "?", None, False, None)],
     "keys": [("prefix", "?", "", False, None)],
+    "launch": [
+        ("config", None, None, True, Path),
+        ("overrides", "*", [], False, None),
+        ("--fleet", None, None, False, Path),
+        ("--launcher", None, "torchrun", False, None),
+        ("--deepspeed", None, None, False, None),
+        ("--fsdp", 0, False, False, None),
+        ("--offload", 0, False, False, None),
+        ("--nproc", None, None, False, int),
+        ("--nodes", None, 1, False, int),
+        ("--node-rank", None, None, False, int),
+        ("--rendezvous", None, None, False, None),
+        ("--max-restarts", None, 0, False, int),
+        ("--join-timeout", None, 300, False, int),
+        ("--fresh", 0, False, False, None),
+        ("--dry-run", 0, False, False, None),
+    ],
+    "slurm": [
+        ("config", "?", None, False, Path),
+        ("overrides", "*", [], False, None),
+        ("--fleet", None, None, False, Path),
+        ("--launcher", None, "torchrun", False, None),
+        ("--deepspeed", None, None, False, None),
+        ("--fsdp", 0, False, False, None),
+        ("--offload", 0, False, False, None),
+        ("--array", None, None, False, int),
+        ("--nodes", None, None, False, int),
+        ("--gpus-per-node", None, None, False, int),
+        ("--processes-per-node", None, None, False, int),
+        ("--cpus-per-task", None, None, False, int),
+        ("--time", None, None, False, None),
+        ("--partition", None, None, False, None),
+        ("--account", None, None, False, None),
+        ("--qos", None, None, False, None),
+        ("--mem", None, None, False, None),
+        ("--constraint", None, None, False, None),
+        ("--signal-seconds", None, None, False, int),
+        ("--env", None, None, False, None),
+        ("--sbatch-option", None, [], False, None),
+        ("--dry-run", 0, False, False, None),
+        ("--test-only", 0, False, False, None),
+        ("--status", None, None, False, Path),
+        ("--cancel", None, None, False, Path),
+    ],
 }
 
 
@@ -196,7 +241,8 @@ def test_other_ranks_say_who_they_are(
 ) -> None:
     monkeypatch.setenv("RANK", "3")
     assert main(["train", "absent.yaml"]) == 2
-    assert capsys.readouterr().err.startswith("[rank 3] disttrain: absent.yaml: ")
+    prefix = f"[{socket.gethostname()} rank 3] disttrain: absent.yaml: "
+    assert capsys.readouterr().err.startswith(prefix)
 
 
 @pytest.mark.parametrize(

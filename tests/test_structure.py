@@ -29,13 +29,14 @@ ALLOWED: dict[str, set[str]] = {
     "config_file": {"errors", "schema", "config"},
     "manifest": {"errors", "files", "schema", "config", "config_file"},
     "prompts": FOUNDATION,
+    "cluster": FOUNDATION,
     "data": FOUNDATION | {"prompts"},
     "models": FOUNDATION | {"prompts"},
     "formats": FOUNDATION | {"prompts", "data", "models"},
     "methods": FOUNDATION | {"prompts", "data", "models", "formats"},
     "engine": FOUNDATION | {"prompts", "data", "models", "formats", "methods"},
 }
-ALLOWED |= {part: set(ALLOWED) for part in ("review", "merge", "slurm")}
+ALLOWED |= {part: set(ALLOWED) for part in ("review", "merge")}
 ALLOWED["cli"] = set(ALLOWED)
 ALLOWED["__main__"] = {"cli"}
 ALLOWED["__init__"] = set()
@@ -143,8 +144,13 @@ OWNED = [
     (("fcntl",), {"disttrain/files.py"}),
     (
         ("accelerate", "torch.distributed"),
-        {"disttrain/engine/distributed.py", "disttrain/models/parts.py"},
+        {
+            "disttrain/engine/distributed.py",
+            "disttrain/engine/fully_sharded.py",
+            "disttrain/models/parts.py",
+        },
     ),
+    (("deepspeed",), {"disttrain/engine/zero.py"}),
     (
         (
             "random",
@@ -166,8 +172,15 @@ OWNED = [
         ),
         {"disttrain/randomness.py"},
     ),
-    (("argparse",), {"disttrain/cli.py"}),
-    (("signal",), {"disttrain/engine/preemption.py", "disttrain/data/loader.py"}),
+    (("argparse",), {"disttrain/cli.py", "disttrain/cluster/commands.py"}),
+    (
+        ("signal",),
+        {
+            "disttrain/engine/preemption.py",
+            "disttrain/data/loader.py",
+            "disttrain/cluster/supervise.py",
+        },
+    ),
 ]
 
 
@@ -180,6 +193,13 @@ def test_only_its_owner_does_it(modules: tuple[str, ...], owners: set[str]) -> N
 def test_parts_takes_only_the_empty_weights_from_accelerate() -> None:
     found = uses(parsed(PACKAGE / "models/parts.py"), "accelerate", "torch.distributed")
     assert found == {"accelerate.init_empty_weights"}
+
+
+def test_fully_sharded_splits_tensors_and_sends_nothing_itself() -> None:
+    found = uses(parsed(PACKAGE / "engine/fully_sharded.py"), "accelerate", "torch.distributed")
+    assert {word.rpartition(".")[0] for word in found} <= {
+        *("torch", "torch.distributed", "torch.distributed.fsdp", "torch.distributed.tensor"),
+    }
 
 
 def test_randomness_hashes_only_its_keys() -> None:

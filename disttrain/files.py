@@ -14,6 +14,7 @@ import os
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -266,15 +267,33 @@ def path_of_content(folder: Path, digest: str, suffix: str) -> Path:
 
 
 @contextmanager
-def exclusively(lock: Path) -> Iterator[None]:
+def exclusively(lock: Path, seconds: float | None = None) -> Iterator[None]:
     """Wait until no other process or thread is in a block of the same lock file.
 
     Uses flock, so a killed owner keeps nobody waiting.
+
+    Args:
+        seconds: the longest to wait; None waits for ever.
+
+    Raises:
+        TimeoutError: others were in the block all that time.
     """
     lock.parent.mkdir(parents=True, exist_ok=True)
+    deadline = None if seconds is None else time.monotonic() + seconds
     with lock.open("a") as handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        while not _locked(handle, wait=deadline is None):
+            if deadline is not None and time.monotonic() > deadline:
+                raise TimeoutError(f"another process has held {lock} for {seconds:.0f} s")
+            time.sleep(0.1)
         yield
+
+
+def _locked(handle: IO[str], wait: bool) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except BlockingIOError:
+        return False
+    return True
 
 
 def keep_in_use(descriptor: int) -> None:

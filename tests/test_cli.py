@@ -72,7 +72,7 @@ SURFACE: dict[str, list[tuple[str, Any, Any, bool, Any]]] = {
         ("--node-rank", None, None, False, int),
         ("--rendezvous", None, None, False, None),
         ("--max-restarts", None, 0, False, int),
-        ("--join-timeout", None, 300, False, int),
+        ("--join-timeout", None, None, False, int),
         ("--fresh", 0, False, False, None),
         ("--dry-run", 0, False, False, None),
     ],

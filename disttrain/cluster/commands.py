@@ -39,9 +39,9 @@ def add_launch(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--join-timeout",
         type=int,
-        default=300,
         metavar="S",
-        help="seconds to wait for other machines, default 300",
+        help="seconds to wait for other machines, default 300; given, also for a name or host that "
+        "is not there yet",
     )
     parser.add_argument("--fresh", action="store_true", help="start over in a new folder NAME-2")
     parser.add_argument(

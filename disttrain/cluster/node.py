@@ -31,6 +31,9 @@ from disttrain.cluster.rendezvous import (
 from disttrain.cluster.supervise import StopSignals, supervise
 from disttrain.errors import EXIT_DONE, EXIT_INTERRUPTED, UserError
 
+JOIN_SECONDS = 300
+"""How long nodes wait for each other unless --join-timeout says it."""
+
 
 def launch(options: Options) -> int:
     """Start the processes of this node and stay until they have ended; returns their code."""
@@ -38,7 +41,7 @@ def launch(options: Options) -> int:
     name = check_config(options)
     inherited = dict(os.environ)
     with StopSignals() as signals:
-        request, interface = _request(options, name, inherited)
+        request, interface = _request(options, name, inherited, signals)
         threads = threads_of(inherited, machine.count_cores(), request.nproc)
         fleet = options.fleet is not None
         commands = worker_commands(request) if fleet else launcher_commands(request, threads)
@@ -50,7 +53,7 @@ def launch(options: Options) -> int:
                 print(command)
             return EXIT_DONE
         if request.rendezvous is not None and not fleet:
-            _meet(request, request.rendezvous, signals)
+            _meet(request, request.rendezvous, signals, options.join_timeout is not None)
         environment = {**without_stale(inherited), **added}
         code, began = supervise(commands, environment, signals, options.max_restarts > 0)
     if code == EXIT_INTERRUPTED:
@@ -82,7 +85,9 @@ def _check(options: Options) -> None:
     strategy_of(options)
 
 
-def _request(options: Options, name: str, inherited: dict[str, str]) -> tuple[Request, str | None]:
+def _request(
+    options: Options, name: str, inherited: dict[str, str], signals: StopSignals
+) -> tuple[Request, str | None]:
     """What to start here, and by which network interface it reaches the other nodes."""
     if options.fleet is not None:
         words = ("fleet", str(options.fleet), str(options.config), *options.overrides)
@@ -94,10 +99,7 @@ def _request(options: Options, name: str, inherited: dict[str, str]) -> tuple[Re
     if options.nodes == 1 or options.fleet is not None:
         place = None  # nobody to meet
     if place is not None:
-        addresses = resolve(place)
-        routes, names = machine.read_routes(), machine.interface_names()
-        interface = machine.interface_towards(addresses[0], routes, names)
-        own = place.host if not options.node_rank else machine.own_address_towards(addresses[0])
+        interface, own = _way_to(place, options, signals)
     request = Request(
         words=words,
         nproc=options.nproc or machine.count_gpus(inherited) or 1,
@@ -107,18 +109,36 @@ def _request(options: Options, name: str, inherited: dict[str, str]) -> tuple[Re
         own_address=own,
         launcher=options.launcher,
         max_restarts=options.max_restarts,
-        join_timeout=options.join_timeout,
+        join_timeout=options.join_timeout or JOIN_SECONDS,
         run_name=name,
     )
     return request, interface
 
 
-def _meet(request: Request, place: Rendezvous, signals: StopSignals) -> None:
+def _way_to(
+    place: Rendezvous, options: Options, signals: StopSignals
+) -> tuple[str | None, str | None]:
+    """This node's interface towards the rendezvous, and its own address there."""
+    try:
+        patience = 0 if options.dry_run else options.join_timeout or 0
+        addresses = resolve(place, patience, _say, signals.any)
+    except UserError as error:
+        if not options.dry_run:
+            raise
+        _say(f"{error} (only a dry run: the interface is chosen on the node)")
+        return None, place.host if not options.node_rank else None
+    routes, names = machine.read_routes(), machine.interface_names()
+    interface = machine.interface_towards(addresses[0], routes, names)
+    own = place.host if not options.node_rank else machine.own_address_towards(addresses[0])
+    return interface, own
+
+
+def _meet(request: Request, place: Rendezvous, signals: StopSignals, patient: bool) -> None:
     """Make sure of the rendezvous: free on the node that listens, within reach of the others."""
     if request.node_rank == 0:
         check_free(place)
     else:
-        reach(place, request.join_timeout, _say, signals.any)
+        reach(place, request.join_timeout, _say, signals.any, for_whatever=patient)
 
 
 def _say(text: str) -> None:

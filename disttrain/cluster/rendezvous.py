@@ -41,18 +41,35 @@ def parse_rendezvous(text: str) -> Rendezvous:
     return Rendezvous(found[1] or found[2], int(found[3]))
 
 
-def resolve(place: Rendezvous) -> list[Address]:
-    """Addresses of the rendezvous host; an unknown name is refused at once."""
-    try:
-        found = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
-    except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a host name"
-        raise _unreachable(
-            place,
-            f"{place.host} is not known here ({reason})",
-            "give a name or address of the first node that every node can resolve",
-        ) from error
-    return [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
+def resolve(
+    place: Rendezvous,
+    patience: float = 0.0,
+    say: Callable[[str], None] = print,
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[Address]:
+    """Addresses of the rendezvous host.
+
+    Args:
+        patience: seconds to wait for a name that is not known yet; 0 refuses it at once.
+
+    Raises:
+        UserError: the name is not known.
+    """
+    waiting = _Waiting(place, patience, say, stopped)
+    while True:
+        try:
+            found = socket.getaddrinfo(place.host, place.port, type=socket.SOCK_STREAM)
+        except (OSError, UnicodeError) as error:
+            if isinstance(error, OSError) and waiting.goes_on("its name is not known yet"):
+                continue
+            reason = getattr(error, "strerror", None) or "not a host name"
+            raise _unreachable(
+                place,
+                f"{place.host} is not known here ({reason})",
+                "give a name or address of the first node that every node can resolve, or wait for "
+                "it with --join-timeout",
+            ) from error
+        return [ipaddress.ip_address(str(entry[4][0]).partition("%")[0]) for entry in found]
 
 
 def check_free(place: Rendezvous) -> None:
@@ -73,6 +90,7 @@ def reach(
     patience: float,
     say: Callable[[str], None],
     stopped: Callable[[], bool] = lambda: False,
+    for_whatever: bool = False,
 ) -> None:
     """Wait until the rendezvous takes connections.
 
@@ -81,43 +99,76 @@ def reach(
 
     Args:
         patience: seconds to wait while it refuses.
-        stopped: whether a signal asked for the end meanwhile.
+        for_whatever: wait so long also for a host that gives no answer.
 
     Raises:
         UserError: it cannot be reached, with the reason and what to do.
+        Interrupted: a signal asked for the end meanwhile.
     """
-    began = time.monotonic()
-    said = began - SAY_EVERY
+    waiting = _Waiting(place, patience, say, stopped)
     while True:
-        if stopped():
-            raise Interrupted("stopped while waiting for the first node; the same command goes on")
         try:
             socket.create_connection((place.host, place.port), timeout=ANSWER_SECONDS).close()
             return
-        except ConnectionRefusedError as error:
-            waited = time.monotonic() - began
-            if waited >= patience:
-                raise _unreachable(
-                    place, f"nothing listened there for {waited:.0f} s", _advice(place)
-                ) from error
-        except TimeoutError as error:
-            raise _unreachable(
-                place,
-                f"no answer for {ANSWER_SECONDS:.0f} s",
-                f"open port {place.port} of {place.host} to this host, or give another of its "
-                "addresses",
-            ) from error
         except OSError as error:
-            raise _unreachable(
-                place,
-                error.strerror or str(error),
-                f"make {place.host} reachable from this host, or give another of its addresses",
-            ) from error
-        if time.monotonic() - said >= SAY_EVERY:
-            left = patience - (time.monotonic() - began)
-            say(f"waiting for {place}: nothing listens there yet; {left:.0f} s left")
-            said = time.monotonic()
-        time.sleep(min(1.0, max(0.05, patience - (time.monotonic() - began))))
+            refused = isinstance(error, ConnectionRefusedError)
+            what = "nothing listens there yet" if refused else "no answer yet"
+            if (refused or for_whatever) and waiting.goes_on(what):
+                continue
+            raise _unreachable(place, *_explanation(place, error, waiting)) from error
+
+
+class _Waiting:
+    """Patience with one place, and the lines that are said meanwhile."""
+
+    def __init__(
+        self,
+        place: Rendezvous,
+        patience: float,
+        say: Callable[[str], None],
+        stopped: Callable[[], bool],
+    ) -> None:
+        self.place, self.patience, self.say, self.stopped = place, patience, say, stopped
+        self.began = time.monotonic()
+        self.said = self.began - SAY_EVERY
+
+    @property
+    def waited(self) -> float:
+        """Seconds so far."""
+        return time.monotonic() - self.began
+
+    def goes_on(self, what: str) -> bool:
+        """Pause and say yes, or no when patience is over.
+
+        Raises:
+            Interrupted: a signal asked for the end.
+        """
+        if self.stopped():
+            raise Interrupted("stopped while waiting for the first node; the same command goes on")
+        left = self.patience - self.waited
+        if left <= 0:
+            return False
+        if time.monotonic() - self.said >= SAY_EVERY:
+            self.say(f"waiting for {self.place}: {what}; {left:.0f} s left")
+            self.said = time.monotonic()
+        time.sleep(min(1.0, max(0.05, left)))
+        return True
+
+
+def _explanation(place: Rendezvous, error: OSError, waiting: _Waiting) -> tuple[str, str]:
+    """Why a host cannot be reached, and what to do."""
+    if isinstance(error, ConnectionRefusedError):
+        return f"nothing listened there for {waiting.waited:.0f} s", _advice(place)
+    if isinstance(error, TimeoutError):
+        return (
+            f"no answer for {max(ANSWER_SECONDS, waiting.waited):.0f} s",
+            f"open port {place.port} of {place.host} to this host, or give another of its "
+            "addresses",
+        )
+    return (
+        error.strerror or str(error),
+        f"make {place.host} reachable from this host, or give another of its addresses",
+    )
 
 
 def _advice(place: Rendezvous) -> str:

@@ -6,12 +6,15 @@ computes nothing; an interrupted one keeps what it has; nothing is written but t
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from disttrain.config import RunConfig
 from disttrain.engine.batch_size import settle_batch
 from disttrain.engine.distributed import Mesh
 from disttrain.engine.pictures import open_subject
+from disttrain.engine.preflight import preflight
 from disttrain.engine.progress import Progress
 from disttrain.engine.slot import alone
 from disttrain.engine.streams import StreamMaker
@@ -32,9 +35,10 @@ def fill_caches(config: RunConfig) -> None:
         raise ConfigError("data.cache_latents: false, and no text is fixed: nothing to cache")
     with Mesh(config) as mesh:
         progress = Progress(mesh.is_main)
+        preflight(config, mesh, progress, "cache")
         config = settle_batch(config, mesh.world)
         progress.say(f"loading base model {config.base_model}")
-        base = configured_base(config)
+        base = configured_base(config, progress.say, partial(progress.warn_from, mesh.rank))
         data = [open_subject(alone(config, one), progress) for one in config.subjects]
         maker = StreamMaker(config, mesh, base, progress, together=len(data))
         maker.make(data)

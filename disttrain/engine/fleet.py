@@ -18,7 +18,9 @@ from disttrain.engine.class_images import class_image_folder, class_images_lock,
 from disttrain.engine.distributed import Mesh, WorkerPlace, leave_launcher
 from disttrain.engine.fleet_folder import FAILED, FINISHED, STOPPED, TRAINING, FleetFolder
 from disttrain.engine.fleet_worker import FleetWorker
+from disttrain.engine.preflight import preflight
 from disttrain.engine.progress import Progress
+from disttrain.engine.rank_logs import worker_log
 from disttrain.engine.run import check_base
 from disttrain.engine.run_folder import describe_environment
 from disttrain.engine.train import train_pack
@@ -78,6 +80,7 @@ def open_fleet(
 ) -> Iterator[FleetWorker]:
     """A worker with the base loaded and checked, and the class pictures drawn."""
     config, progress = members[0], Progress(shown=True, details=False)
+    preflight(config, mesh, progress, "fleet")
     fleet = FleetFolder(config.folder)
     static = config.fleet.claim == "static"
     claims = Claims(fleet.claims, config.fleet.lease_seconds, place, static)
@@ -96,8 +99,8 @@ def open_fleet(
         write_json(fleet.path / "environment.json", environment)
     except OSError as error:
         raise DataError(f"{fleet.path}: {error.strerror or error}") from error
-    worker.warn_of_others()
-    with claims:
+    with worker_log(fleet.run.logs, progress), claims:
+        worker.warn_of_others()
         progress.say(f"fleet of {len(members)} subjects in {fleet.path}, worker {claims.worker}")
         _draw_class_pictures(worker, place)
         fleet.write_table(list(worker.members))

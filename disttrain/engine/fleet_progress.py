@@ -47,11 +47,12 @@ class FleetProgress:
                 f"{name:24} {step}/{of}  loss {loss:.4f}" for name, step, of, loss in self.slots
             ]
             self.live.update(Group(*map(Text, [*rows, f"{self._total}  {detail}"])))
-        elif now - self._said >= SECONDS_BETWEEN_LINES:
+        if now - self._said >= SECONDS_BETWEEN_LINES:
             self._said = now
             here = ", ".join(f"{name} {step}/{of}" for name, step, of, _ in self.slots[:4])
             more = f" and {len(self.slots) - 4} more" if len(self.slots) > 4 else ""
-            self.progress.say(f"{self._total}  {detail}  here: {here}{more}")
+            say = self.progress.say if self.live is None else self.progress.keep
+            say(f"{self._total}  {detail}  here: {here}{more}")
 
     def _whole(self, now: float) -> str:
         """The fleet in a line: how many are done, how fast, how long still."""

@@ -1,14 +1,18 @@
 """What rank zero shows while a run goes: a live bar on a terminal, plain lines elsewhere.
 
-Invariant: other ranks print nothing; a plain line is complete in itself, so logs can be searched.
+Invariant: other ranks print nothing but warnings, with their host and rank; a plain line is
+complete in itself, so logs can be searched.
 """
 
 from __future__ import annotations
 
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from io import TextIOBase
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -31,15 +35,25 @@ class Progress:
         self.console = Console(highlight=False, soft_wrap=True)
         self.bar: RichProgress | None = None
         self.last_line = float("-inf")
+        self.log: TextIOBase | None = None
+        """Gets a copy of every plain line."""
+        self.terminal: TextIO | None = None
+        """Where warnings of other ranks are shown, if not on standard error."""
 
     def say(self, text: str) -> None:
         """One line."""
+        self.keep(text)
         if not self.shown:
             return
         if self.live:
             self.console.print(text, markup=False)
         else:
             print(text, flush=True)
+
+    def keep(self, text: str) -> None:
+        """One line for the log alone."""
+        if self.log is not None:
+            self.log.write(f"{text}\n")
 
     def warn(self, text: str) -> None:
         """One line that a person should not miss."""
@@ -54,8 +68,10 @@ class Progress:
         """A line that a person should not miss, from whichever rank has it to say."""
         if self.shown:
             self.warn(text)
-        else:
-            print(f"[rank {rank}] warning: {text}", file=sys.stderr, flush=True)
+            return
+        line = f"[{socket.gethostname()} rank {rank}] warning: {text}"
+        self.keep(line)
+        print(line, file=self.terminal or sys.stderr, flush=True)
 
     @contextmanager
     def counter(self, what: str) -> Iterator[Callable[[int, int], None]]:
@@ -95,12 +111,14 @@ class Progress:
         """Show how far it is; plain lines come every ten seconds and at the end."""
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=done, detail=detail)
-            return
         now = time.monotonic()
-        if self.shown and (now - self.last_line >= SECONDS_BETWEEN_LINES or done == total):
+        if now - self.last_line >= SECONDS_BETWEEN_LINES or done == total:
             self.last_line = now
             parts = [f"{what} {done}/{total}", detail, left]
-            print("  ".join(part for part in parts if part), flush=True)
+            line = "  ".join(part for part in parts if part)
+            self.keep(line)
+            if self.shown and self.bar is None:
+                print(line, flush=True)
 
     def stop(self) -> None:
         """End the bar."""

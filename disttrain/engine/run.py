@@ -18,6 +18,7 @@ from disttrain.engine.optim import describe_learning_rate
 from disttrain.engine.pack import Pack
 from disttrain.engine.pictures import SubjectData, open_subject
 from disttrain.engine.progress import Progress
+from disttrain.engine.rank_logs import rank_log
 from disttrain.engine.run_folder import (
     RunFolder,
     check_same_run,
@@ -168,8 +169,9 @@ def open_run(config: RunConfig, mesh: Mesh, progress: Progress, fresh: bool) -> 
     locks: list[FolderLock] = []
     mesh.on_rank_zero(lambda: locks.append(FolderLock(config.folder)))
     try:
-        _describe(run)
-        yield run
+        with rank_log(run.folder.logs, mesh.rank, mesh.world, progress):
+            _describe(run)
+            yield run
     finally:
         run.metrics.close()
         for lock in locks:
@@ -180,7 +182,8 @@ def _describe(run: Run) -> None:
     """Write config.yaml and environment.json, start trackers, print what is about to happen."""
     config, mesh = run.config, run.mesh
     rate = describe_learning_rate(config, mesh.world)
-    environment = {**describe_environment(mesh.world, mesh.device), "learning_rate": rate}
+    environment = describe_environment(mesh.world, mesh.device)
+    environment |= {"learning_rate": rate, "strategy": mesh.strategy}
 
     def write() -> None:
         remove_temporaries(run.folder.path)
@@ -191,5 +194,10 @@ def _describe(run: Run) -> None:
     if config.train.trackers:
         mesh.start_trackers(config.name, config.folder, schema.flatten(schema.to_mapping(config)))
     run.progress.say(f"run folder {run.folder.path}")
+    asked = config.parallel.strategy
+    if mesh.strategy != "ddp":
+        run.progress.say(f"split over {mesh.world} processes by {mesh.strategy}")
+    elif asked not in ("auto", "ddp"):
+        run.progress.say(f"parallel.strategy: {asked} has nothing to split on one process")
     run.progress.say(rate["step"])
     run.progress.say(rate["text"])

@@ -1,7 +1,8 @@
 """The run folder: its layout, and whether a run starts, goes on or is finished.
 
-The folder is an interface: other programs read it. Invariant: only rank zero writes into it, and a
-folder is made only after every check that can refuse a run has passed.
+The folder is an interface: other programs read it. Invariant: only rank zero writes into it, but
+for the log that each rank has of its own, and a folder is made only after every check that can
+refuse a run has passed.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ MAY_CHANGE = (
     "data.shard_cache_gb",
     "data.cache_text",
     "fleet.",
+    "parallel.",
     "train.gradient_accumulation_steps",
     "train.gradient_checkpointing",
     "train.max_steps",
@@ -71,6 +73,11 @@ class RunFolder:
     def metrics(self) -> Path:
         """A line per step and subject."""
         return self.path / "metrics.jsonl"
+
+    @property
+    def logs(self) -> Path:
+        """What each process said."""
+        return self.path / "logs"
 
     def subject(self, name: str) -> Path:
         """Everything of one subject."""

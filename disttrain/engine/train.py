@@ -11,8 +11,10 @@ import torch
 
 from disttrain.config import RunConfig
 from disttrain.engine.distributed import Mesh
+from disttrain.engine.launcher_settings import settle_parallel
 from disttrain.engine.pack import Pack
 from disttrain.engine.preemption import StopRequest
+from disttrain.engine.preflight import preflight
 from disttrain.engine.progress import Progress
 from disttrain.engine.recorder import Recorder
 from disttrain.engine.run import Run, open_run
@@ -26,11 +28,15 @@ def train(config: RunConfig, fresh: bool = False) -> None:
     Raises:
         UserError: something the person in front can mend; `Interrupted` after a signal.
     """
-    with Mesh(config) as mesh, open_run(config, mesh, Progress(mesh.is_main), fresh) as run:
-        for names in run.queue:
-            train_subjects(run, names)
-            mesh.release()
-        run.report()
+    config = settle_parallel(config)
+    with Mesh(config) as mesh:
+        progress = Progress(mesh.is_main)
+        preflight(config, mesh, progress, "train", fresh)
+        with open_run(config, mesh, progress, fresh) as run:
+            for names in run.queue:
+                train_subjects(run, names)
+                mesh.release()
+            run.report()
 
 
 def train_subjects(run: Run, names: list[str]) -> None:
@@ -64,11 +70,11 @@ def gradients(run: Work, pack: Pack) -> torch.Tensor:
 
     Nothing of the graph outlives this: the next update may have other subjects.
     """
-    mesh, accumulation = run.mesh, run.config.train.gradient_accumulation_steps
-    losses = torch.zeros(len(pack.slots), device=mesh.device)
+    accumulation = run.config.train.gradient_accumulation_steps
+    losses = torch.zeros(len(pack.slots), device=run.mesh.device)
     for micro in range(accumulation):
-        with mesh.accumulate(pack.denoiser):
+        with pack.placement.accumulate(last=micro == accumulation - 1):
             micro_losses = pack.losses(micro)
-            mesh.backward(micro_losses.sum())
+            pack.placement.backward(micro_losses.sum())
         losses += micro_losses.detach() / accumulation
     return losses

@@ -60,7 +60,7 @@ class Work(ABC):
         base, self.base = self.base, None
         if base is None:
             self.progress.say(f"loading base model {self.config.base_model}")
-            base = configured_base(self.config)
+            base = configured_base(self.config, self.progress.say, self._warn_here)
         return base
 
     def assemble(self, data: Sequence[SubjectData]) -> Pack | None:

@@ -52,6 +52,20 @@ def examine() -> int:
     return EXIT_DONE
 
 
+def examine_together(output_dir: str) -> int:
+    """Print what the processes of one launcher see of each other; returns 0 or 2 as `examine`.
+
+    Args:
+        output_dir: the folder that all of them must share.
+
+    Raises:
+        UserError: they cannot form one world.
+    """
+    from disttrain.review.processes import describe_processes
+
+    return EXIT_USER_ERROR if describe_processes(output_dir) else EXIT_DONE
+
+
 def _report(name: str) -> bool:
     try:
         print(f"{name:<12} {metadata.version(name)}")

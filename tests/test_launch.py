@@ -239,9 +239,37 @@ def test_an_unknown_name_is_refused_at_once(capsys: pytest.CaptureFixture[str]) 
         f"disttrain: cannot reach the rendezvous no-such-host.invalid:29500 from {here}: no-such"
     )
     assert error.startswith(start)
-    assert error.endswith("that every node can resolve\n")
+    assert "a name or address of the first node that every node can resolve" in error
     assert error.count("\n") == 1
     assert time.monotonic() - began < 20
+
+
+def test_a_name_that_comes_later_is_waited_for_when_asked(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Kubernetes, where a pod has no name before it runs."""
+    known = socket.getaddrinfo
+    asked: list[str] = []
+
+    def later(host: str, *words: Any, **more: Any) -> Any:
+        asked.append(host)
+        if len(asked) < 3:
+            raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+        return known("127.0.0.1", *words, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", later)
+    found = rendezvous.resolve(Rendezvous("pod-0.pods", 29500), 30)
+    assert [str(address) for address in found] == ["127.0.0.1"]
+    assert "waiting for pod-0.pods:29500: its name is not known yet" in capsys.readouterr().out
+
+
+def test_a_dry_run_shows_the_command_of_a_node_whose_first_is_not_known(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert join("no-such-host.invalid:29500", "--node-rank", "1", "--dry-run") == 0
+    out, error = capsys.readouterr()
+    assert "--rdzv-endpoint=no-such-host.invalid:29500" in out
+    assert "only a dry run" in error
 
 
 def test_a_port_that_refuses_is_waited_for_until_the_time_is_over(

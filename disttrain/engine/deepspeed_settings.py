@@ -13,6 +13,8 @@ from disttrain.config import RunConfig
 from disttrain.errors import ConfigError, DataError
 from disttrain.files import read_json
 
+BUCKET = 50_000_000
+
 
 def engine_settings(config: RunConfig, strategy: str) -> dict[str, Any]:
     """DeepSpeed's configuration for a run.
@@ -78,6 +80,9 @@ def usual_splitting(stage: int, offload: bool) -> dict[str, Any]:
         "offload_optimizer": {"device": "cpu" if offload else "none"},
         "overlap_comm": False,
         "contiguous_gradients": True,
+        # Numbers that travel at once; DeepSpeed's usual 500 million are 2 GB of float32.
+        "reduce_bucket_size": BUCKET,
+        "allgather_bucket_size": BUCKET,
     }
 
 

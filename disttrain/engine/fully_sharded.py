@@ -26,6 +26,7 @@ from disttrain.engine.replicated import Replicated
 from disttrain.methods.base import Method, all_parameters
 from disttrain.methods.objective import Denoiser
 from disttrain.models.base import BaseModel
+from disttrain.models.packed import PackedTokenEmbedding
 
 UNITS = ("ResnetBlock2D", "BasicTransformerBlock", "CLIPEncoderLayer")
 """Layers that are made whole one at a time; what lies outside them is whole throughout a pass."""
@@ -161,8 +162,10 @@ class ShardedBase(Replicated):
     def _connect(
         self, denoiser: nn.Module, optimizer: torch.optim.Optimizer
     ) -> tuple[nn.Module, torch.optim.Optimizer]:
-        own: Any = set(self.parameters.values())
-        shard(denoiser, self.mesh, own)
+        whole: Any = set(self.parameters.values())
+        # Subjects that come begin with rows of the vocabulary.
+        words = (m for m in denoiser.modules() if isinstance(m, PackedTokenEmbedding))
+        shard(denoiser, self.mesh, whole | {layer.base.weight for layer in words})
         return denoiser, optimizer
 
     def accumulate(self, last: bool) -> AbstractContextManager[None]:

@@ -89,11 +89,11 @@ def test_a_split_model_takes_the_same_steps(way: str, whole: Path, tmp_path: Pat
 @pytest.mark.slow
 def test_a_run_goes_on_under_any_placement_and_world(whole: Path, tmp_path: Path) -> None:
     for steps, processes, parallel in [
-        (1, 4, SPLIT["zero3"]),
-        (2, 2, SPLIT["fsdp"]),
-        (3, 3, SPLIT["zero2"]),
+        (1, 2, SPLIT["zero3"]),
+        (2, 3, SPLIT["fsdp"]),
+        (3, 2, SPLIT["zero2"]),
         (4, 1, {}),
-        (5, 3, SPLIT["zero3_offload"]),
+        (5, 2, SPLIT["zero3_offload"]),
     ]:
         tree = settings(tmp_path, parallel, max_steps=steps)
         folder = run(tree, tmp_path / f"{steps}.yaml", processes)
@@ -103,7 +103,7 @@ def test_a_run_goes_on_under_any_placement_and_world(whole: Path, tmp_path: Path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["zero2", "zero3", "fsdp"])
+@pytest.mark.parametrize("way", ["zero2", "fsdp"])
 def test_bfloat16_learns_as_it_does_whole(way: str, tmp_path: Path) -> None:
     """Weights that compute are rounded; those that the steps add up in are not, so small steps
     are not lost."""
@@ -156,7 +156,7 @@ def test_launch_files_of_accelerate(file: str, whole: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["zero2", "zero3", "fsdp"])
+@pytest.mark.parametrize("way", ["zero3", "fsdp"])
 def test_a_step_that_is_not_finite_changes_nothing(way: str, tmp_path: Path) -> None:
     tree = settings(tmp_path, SPLIT[way], max_steps=9, train__checkpoint_every=1)
     tree["optim"]["learning_rate"] = 1e36

@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 SOURCES := disttrain tests examples docs benchmarks
 
-.PHONY: install demo test test-all benchmark-data benchmark-pack drill-fleet check format clean
+.PHONY: install demo test test-all benchmark-data benchmark-pack drill-fleet cluster-test check format clean
 
 install: .venv/installed
 
@@ -35,6 +35,10 @@ benchmark-pack: install
 # 200 subjects, 4 workers, 20 of them killed: about five minutes on 2 cores.
 drill-fleet: install
 	OMP_NUM_THREADS=1 $(BIN)/python tests/faults/fleet_drill.py
+
+# A SLURM cluster of three hosts on this machine, as root: about a quarter of an hour.
+cluster-test: install
+	$(BIN)/python tests/cluster/run_checks.py
 
 check: install
 	$(BIN)/ruff format --check $(SOURCES)

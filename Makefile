@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 SOURCES := disttrain tests examples docs benchmarks
 
-.PHONY: install demo test test-all benchmark-data benchmark-pack drill-fleet cluster-test check format clean
+.PHONY: install demo test test-all benchmark-data benchmark-pack benchmark-placement drill-fleet cluster-test check format clean
 
 install: .venv/installed
 
@@ -31,6 +31,10 @@ benchmark-data: install
 # About five minutes.
 benchmark-pack: install
 	$(BIN)/python benchmarks/pack.py --ranks --output benchmarks/results/pack.json
+
+# About five minutes.
+benchmark-placement: install
+	$(BIN)/python benchmarks/placement.py --output benchmarks/results/placement.json
 
 # 200 subjects, 4 workers, 20 of them killed: about five minutes on 2 cores.
 drill-fleet: install

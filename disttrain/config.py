@@ -279,7 +279,7 @@ class ParallelSettings:
     to split all three. auto: what an accelerate launch file says, else ddp. For lora and
     textual_inversion, which train a few MB, ddp."""
     offload_optimizer: bool = False
-    """With zero1 to zero3: keep the optimizer's state in the machine's memory and step there."""
+    """With DeepSpeed: keep the optimizer's state in the machine's memory and step there."""
     deepspeed_config: str = ""
     """DeepSpeed JSON whose zero_optimization section is used instead of the usual one; batch,
     accumulation, clipping and precision stay this config's."""

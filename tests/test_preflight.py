@@ -127,11 +127,8 @@ def test_many_keys_and_long_values_stay_one_short_line() -> None:
     assert "(node1: nothing)" in line
 
 
-@pytest.mark.parametrize("launcher", [False, True])
-def test_deepspeed_must_be_the_same_only_where_it_is_used(launcher: bool) -> None:
+def test_deepspeed_must_be_the_same_only_where_it_is_used() -> None:
     def settings(zero: bool) -> dict[str, Any]:
-        if launcher:
-            return {"ACCELERATE_USE_DEEPSPEED": "true" if zero else ""}
         return {"parallel.strategy": "zero2" if zero else "ddp"}
 
     for zero in (False, True):

@@ -13,6 +13,7 @@ import torch
 from disttrain.config import RunConfig
 from disttrain.engine.batch_size import settle_batch
 from disttrain.engine.distributed import Mesh
+from disttrain.engine.launcher_settings import settle_parallel
 from disttrain.engine.pictures import open_subject
 from disttrain.engine.preflight import preflight
 from disttrain.engine.progress import Progress
@@ -33,6 +34,7 @@ def fill_caches(config: RunConfig) -> None:
     """
     if not config.data.cache_latents and (config.trains_text or not config.data.cache_text):
         raise ConfigError("data.cache_latents: false, and no text is fixed: nothing to cache")
+    config = settle_parallel(config)
     with Mesh(config) as mesh:
         progress = Progress(mesh.is_main)
         preflight(config, mesh, progress, "cache")

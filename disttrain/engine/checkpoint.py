@@ -11,6 +11,7 @@ are functions of the cursor.
 from __future__ import annotations
 
 import re
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,8 @@ from disttrain.files import (
 )
 
 FORMAT = 2
+SECONDS_UNTIL_VISIBLE = 90.0
+"""Network file systems may show a folder as it was for up to a minute."""
 SEPARATOR = "|"
 PARTS = ("trainables.safetensors", "optimizer.safetensors")
 AVERAGE = "average.safetensors"
@@ -104,6 +107,22 @@ def read_checkpoint(path: Path) -> Checkpoint:
         return Checkpoint(state, trainables, optimizer, average)
     except DataError as error:
         raise CheckpointError(f"{path}: incomplete ({error})") from error
+
+
+def read_when_visible(path: Path, seconds: float = SECONDS_UNTIL_VISIBLE) -> Checkpoint:
+    """A checkpoint that another process on a shared file system has seen whole.
+
+    Raises:
+        CheckpointError: it cannot be read here after so many seconds.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            return read_checkpoint(path)
+        except CheckpointError:
+            if time.monotonic() >= deadline:
+                raise
+            time.sleep(0.5)
 
 
 def _verified_state(path: Path) -> dict[str, Any]:

@@ -40,6 +40,11 @@ def engine_settings(config: RunConfig, strategy: str) -> dict[str, Any]:
             f"parallel.strategy: {strategy}, but {where} says stage {splitting['stage']}; "
             "make them agree"
         )
+    own_offload = offload_of(splitting, where)
+    if config.parallel.offload_optimizer and "offload_optimizer" in splitting and not own_offload:
+        raise ConfigError(
+            f"parallel.offload_optimizer: true, but {where} says device none; make them agree"
+        )
     rest = {key: value for key, value in own.items() if key not in training and value != "auto"}
     return {
         "steps_per_print": 10**9,
@@ -71,6 +76,21 @@ def _refuse_contradictions(own: dict[str, Any], training: dict[str, Any], where:
                 f"parallel.deepspeed_config: {where} has its own {key}, which the config decides; "
                 "remove it there"
             )
+
+
+def offload_of(splitting: dict[str, Any], where: str) -> bool:
+    """Whether a zero_optimization section offloads the optimizer's state.
+
+    Raises:
+        ConfigError: it offloads what is not supported.
+    """
+    device = splitting.get("offload_optimizer", {}).get("device", "none")
+    weights = splitting.get("offload_param", {}).get("device", "none")
+    if weights != "none" or device not in ("none", "cpu"):
+        raise ConfigError(
+            f"{where}: offloads weights, or to a disk; only the optimizer may be offloaded, to cpu"
+        )
+    return device == "cpu"
 
 
 def usual_splitting(stage: int, offload: bool) -> dict[str, Any]:

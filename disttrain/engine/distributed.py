@@ -100,6 +100,12 @@ class Mesh:
                 raise ConfigError(
                     f"train.trackers: {name} is not installed; pip install 'disttrain[trackers]'"
                 )
+        strategy = config.parallel.strategy
+        if strategy.startswith("zero") and find_spec("deepspeed") is None:
+            raise ConfigError(
+                f"parallel.strategy: {strategy} needs DeepSpeed, which is not installed; "
+                "pip install 'disttrain[deepspeed]', or use fsdp"
+            )
         if on_cpu:  # else DeepSpeed, which Accelerate imports, warns that it finds no GPU
             os.environ.setdefault("DS_ACCELERATOR", "cpu")
         self.accelerator = Accelerator(
@@ -220,6 +226,23 @@ class Mesh:
         if isinstance(outcome[1], UserError):
             raise outcome[1]
         return outcome[0]  # type: ignore[return-value]
+
+    def alike(self, action: Callable[[], Result]) -> Result:
+        """Do something on every rank; if it failed on one, raise that error on all of them.
+
+        Raises:
+            UserError: of the first rank on which it failed.
+        """
+        result: list[Result] = []
+        failed: UserError | None = None
+        try:
+            result.append(action())
+        except UserError as error:
+            failed = error
+        for error in self.gather(failed):
+            if error is not None:
+                raise error
+        return result[0]
 
     def start_trackers(self, name: str, folder: Path, settings: dict[str, Any]) -> None:
         """Begin logging to the trackers the config asks for; their files go into the run folder."""

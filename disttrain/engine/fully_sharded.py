@@ -102,10 +102,13 @@ class FullySharded:
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state.get(parameter, {}).items():
                 self._keep(optimizer, f"{name}{SEPARATOR}{key}", value)
-        trainables: dict[str, Tensor] = {}
+        return WholeState(self._trainables(), optimizer, self._whole_average())
+
+    def _trainables(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
         for name, parameter in self.parameters.items():
-            self._keep(trainables, name, parameter)
-        return WholeState(trainables, optimizer, self._whole_average())
+            self._keep(found, name, parameter)
+        return found
 
     def _whole_average(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -149,11 +152,11 @@ class FullySharded:
     def whole(self) -> AbstractContextManager[None]:
         """Plain copies on rank zero, from gathered weights."""
         if self.average is not None:
-            return whole_copies(self.mesh, self.base, self._whole_average())
-        found: dict[str, Tensor] = {}
-        for name, parameter in self.parameters.items():
-            self._keep(found, name, parameter)
-        return whole_copies(self.mesh, self.base, found)
+            return whole_copies(self.base, self._whole_average())
+        return whole_copies(self.base, self._trainables())
+
+    def close(self) -> None:
+        """Nothing is held elsewhere."""
 
 
 class ShardedBase(Replicated):

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from disttrain.config import ParallelSettings, RunConfig, Strategy
 from disttrain.config_file import check_parallel
-from disttrain.engine.deepspeed_settings import engine_settings, read_settings
+from disttrain.engine.deepspeed_settings import engine_settings, offload_of, read_settings
 from disttrain.errors import ConfigError
 
 ASKED = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
@@ -61,6 +61,10 @@ def settle_parallel(
             offload_optimizer=own.offload_optimizer or asked.offload_optimizer,
             deepspeed_config=own.deepspeed_config or asked.deepspeed_config,
         )
+    if settled.deepspeed_config and not settled.offload_optimizer:
+        splitting = read_settings(settled.deepspeed_config).get("zero_optimization", {})
+        offload = offload_of(splitting, settled.deepspeed_config)
+        settled = replace(settled, offload_optimizer=offload)
     config = replace(config, parallel=settled)
     check_parallel(config)
     if settled.deepspeed_config:
@@ -70,23 +74,23 @@ def settle_parallel(
 
 def _launcher_strategy(environment: MutableMapping[str, str]) -> ParallelSettings | None:
     if _is_set(environment, "ACCELERATE_USE_FSDP"):
+        if _is_set(environment, "FSDP_OFFLOAD_PARAMS"):
+            raise ConfigError("the launcher's file has fsdp_offload_params, which is not supported")
         return ParallelSettings(strategy="fsdp")
     if not _is_set(environment, "ACCELERATE_USE_DEEPSPEED"):
         return None
     path = environment.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "")
     if path and path != "none":
         splitting = read_settings(path).get("zero_optimization", {})
+        offload = offload_of(splitting, path)
         stage = splitting.get("stage", 2)
-        return ParallelSettings(strategy=_strategy(stage), deepspeed_config=path)
+        return ParallelSettings(_strategy(stage), offload, deepspeed_config=path)
     stage = environment.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
-    offload = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_OPTIMIZER_DEVICE", "none")
-    weights = environment.get("ACCELERATE_DEEPSPEED_OFFLOAD_PARAM_DEVICE", "none")
-    if weights != "none" or offload not in ("none", "cpu"):
-        raise ConfigError(
-            "the launcher's file offloads weights, or to a disk; only the optimizer may be "
-            "offloaded, to cpu"
-        )
-    return ParallelSettings(strategy=_strategy(stage), offload_optimizer=offload == "cpu")
+    said = {
+        part: {"device": environment.get(f"ACCELERATE_DEEPSPEED_OFFLOAD_{name}_DEVICE", "none")}
+        for part, name in [("offload_optimizer", "OPTIMIZER"), ("offload_param", "PARAM")]
+    }
+    return ParallelSettings(_strategy(stage), offload_of(said, "the launcher's file"))
 
 
 def _strategy(stage: object) -> Strategy:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from disttrain.config import RunConfig
-from disttrain.engine.checkpoint import Checkpoint
+from disttrain.engine.checkpoint import SEPARATOR, Checkpoint
 from disttrain.engine.distributed import Mesh
 from disttrain.engine.optim import (
     PackedAdamW,
@@ -109,12 +109,14 @@ class Pack:
 
     @contextmanager
     def feeding(self) -> Iterator[None]:
-        """The data may be asked for inside; at the end the processes that read ahead are ended."""
+        """The data may be asked for inside. At the end the processes that read ahead are ended and
+        the pack takes no more steps."""
         try:
             yield
         finally:
             if self.batcher is not None:
                 self.batcher.loader.close()
+            self.placement.close()
 
     def whole(self) -> AbstractContextManager[None]:
         """Inside, rank zero has complete weights to draw with and to write, of the average if there
@@ -225,7 +227,9 @@ class Pack:
             blank = PackedAdamW.blank(parameter)
             for i, state in enumerate(found):
                 for key, value in blank.items():
-                    saved = None if state is None else state.optimizer.get(f"{name}|{key}")
+                    saved = (
+                        None if state is None else state.optimizer.get(f"{name}{SEPARATOR}{key}")
+                    )
                     if saved is not None:
                         value[i : i + 1] = saved.to(value.device)
             self.optimizer.state[parameter] = blank

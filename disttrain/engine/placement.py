@@ -20,7 +20,6 @@ from disttrain.engine.average import WeightAverage
 from disttrain.engine.checkpoint import Checkpoint
 from disttrain.engine.distributed import Mesh
 from disttrain.methods.base import Method
-from disttrain.models.packed import placed
 from disttrain.models.parts import BaseModel, empty_copy
 
 
@@ -89,6 +88,10 @@ class Placement(Protocol):
         draw with and to write. No step may be taken inside."""
         ...
 
+    def close(self) -> None:
+        """Let go of what is held beyond this object; nothing else may be called after it."""
+        ...
+
 
 def place_weights(config: RunConfig, mesh: Mesh, base: BaseModel, method: Method) -> Placement:
     """The configured placement of what a method trains, ready for the first step."""
@@ -108,8 +111,9 @@ def place_weights(config: RunConfig, mesh: Mesh, base: BaseModel, method: Method
 
 
 @contextmanager
-def whole_copies(mesh: Mesh, base: BaseModel, weights: dict[str, Tensor]) -> Iterator[None]:
-    """Inside, the trained parts of rank zero's `base` are plain modules with these weights.
+def whole_copies(base: BaseModel, weights: dict[str, Tensor]) -> Iterator[None]:
+    """Inside, the trained parts of rank zero's `base` are plain modules with these weights, in the
+    machine's memory: they may be too large for a GPU beside what trains.
 
     Args:
         weights: by part and name ("unet.conv_in.weight"); empty on other ranks, which keep theirs.
@@ -126,7 +130,7 @@ def whole_copies(mesh: Mesh, base: BaseModel, weights: dict[str, Tensor]) -> Ite
                 if name.startswith(f"{part}.")
             }
             if found:
-                setattr(base, part, placed(_filled_copy(module, found), mesh.device))
+                setattr(base, part, _filled_copy(module, found))
         yield
     finally:
         for part, module in own.items():

@@ -103,8 +103,7 @@ def warnings(facts: Sequence[RankFacts]) -> list[str]:
 
 def _must_be_equal(facts: Sequence[RankFacts]) -> list[str]:
     settings = facts[0].settings
-    by_launcher = settings.get("ACCELERATE_USE_DEEPSPEED") == "true"
-    needed = str(settings.get("parallel.strategy", "")).startswith("zero") or by_launcher
+    needed = str(settings.get("parallel.strategy", "")).startswith("zero")
     return [*MUST_BE_EQUAL, *(["deepspeed"] if needed else [])]
 
 

@@ -59,6 +59,8 @@ def draw_previews(pack: Pack, wanted: Sequence[Slot], config: RunConfig, folder:
     settings = preview_settings(config)
     training = pack.base.unet.training
     pack.base.unet.eval()
+    for part in (pack.base.unet, pack.base.text_encoder):  # whole copies wait in main memory
+        placed(part, pack.mesh.device)
     with torch.no_grad(), pack.mesh.autocast():
         context = pack_context(pack, slots, texts)
         negative = pack_context(pack, slots, [negative_text] * len(texts))

@@ -102,6 +102,9 @@ class Replicated:
         if self.average is not None:
             restore_parameters(self.average.values, state.average, place)
 
+    def close(self) -> None:
+        """Nothing is held elsewhere."""
+
     def whole(self) -> AbstractContextManager[None]:
         """They are whole; the average takes their place."""
         return nullcontext() if self.average is None else self.average.applied()

@@ -41,7 +41,7 @@ class Run(Work):
     def __init__(self, config: RunConfig, mesh: Mesh, progress: Progress) -> None:
         super().__init__(config, mesh, progress)
         self.metrics = MetricsLog(self.folder.metrics)
-        self.done = self.folder.finished()
+        self.done = mesh.on_rank_zero(self.folder.finished)
         self.queue = packs_to_train(config, self.done)
         self.data: dict[str, SubjectData] = {}
 
@@ -153,10 +153,8 @@ def open_run(config: RunConfig, mesh: Mesh, progress: Progress, fresh: bool) -> 
     """
     if fresh:
         config = replace(config, name=mesh.on_rank_zero(lambda: fresh_name(config).name))
-    config = settle_batch(config, mesh.world, fresh)
+    config = mesh.on_rank_zero(lambda: _admitted(config, mesh.world, fresh))
     mesh.set_accumulation(config.train.gradient_accumulation_steps)
-    if RunFolder(config.folder).config.is_file():
-        check_same_run(RunFolder(config.folder), config)
     run = Run(config, mesh, progress)
     if not run.queue:
         progress.say(
@@ -176,6 +174,15 @@ def open_run(config: RunConfig, mesh: Mesh, progress: Progress, fresh: bool) -> 
         run.metrics.close()
         for lock in locks:
             lock.release()
+
+
+def _admitted(config: RunConfig, world: int, fresh: bool) -> RunConfig:
+    """The config with its batch settled, if it may go on in its folder. Rank zero alone looks: on
+    shared file systems the others may see an older folder for a while."""
+    config = settle_batch(config, world, fresh)
+    if RunFolder(config.folder).config.is_file():
+        check_same_run(RunFolder(config.folder), config)
+    return config
 
 
 def _describe(run: Run) -> None:

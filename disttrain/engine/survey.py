@@ -31,12 +31,10 @@ from disttrain.engine.run_folder import PACKAGES
 from disttrain.errors import UserError
 from disttrain.files import digest_of, sha256_file
 
-SECONDS_TO_SEE_A_FILE = 3.0
+SECONDS_TO_SEE_A_FILE = 10.0
 SECONDS_UNTIL_SAID = 60.0
 NUMBERS_ADDED = 1024
 INTERFACE_NAMES = ("NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
-LAUNCHER_CHOICES = ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
-"""Accelerate's launch file sets these; parallel.strategy: auto follows them."""
 
 
 @dataclass(frozen=True)
@@ -188,7 +186,6 @@ def _facts_here(
         settings={
             "command": command,
             **schema.flatten(schema.to_mapping(config)),
-            **{name: os.environ.get(name, "") for name in LAUNCHER_CHOICES},
         },
         versions=_versions(),
         code=code_digest(),

@@ -9,10 +9,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 from disttrain.config import RunConfig
-from disttrain.engine.checkpoint import Checkpoint, newest_checkpoint, write_checkpoint
+from disttrain.engine.checkpoint import (
+    Checkpoint,
+    newest_checkpoint,
+    read_when_visible,
+    write_checkpoint,
+)
 from disttrain.engine.distributed import Mesh
 from disttrain.engine.metrics import StepRecord
 from disttrain.engine.pack import Pack, refuse_other
@@ -132,10 +138,20 @@ class Work(ABC):
                 settings.
         """
         folder = self.folder.checkpoints(slot.name)
-        found = newest_checkpoint(folder)
-        if found is None:
+        read: list[Checkpoint] = []
+
+        def choose() -> tuple[Path, list[str]] | None:
+            found = newest_checkpoint(folder)
+            if found is not None:
+                read.append(found[1])
+            return None if found is None else (found[0], found[2])
+
+        # One rank chooses: on shared file systems the others may see an older folder for a while.
+        chosen = self.mesh.on_rank_zero(choose)
+        if chosen is None:
             return None
-        path, checkpoint, damaged = found
+        path, damaged = chosen
+        checkpoint = self.mesh.alike(lambda: read[0] if read else read_when_visible(path))
         for line in damaged:
             self.progress.warn(f"passed over {line}")
         if checkpoint.state["subject"] != slot.name:

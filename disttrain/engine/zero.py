@@ -88,17 +88,24 @@ class DeepSpeedZero:
 
     def gather(self) -> WholeState:
         """Tensor by tensor, so that a rank never holds more than one beside its own."""
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+        from deepspeed.utils import safe_get_full_optimizer_state
 
-        trainables, optimizer = {}, {}
+        optimizer: dict[str, Tensor] = {}
         steps = max(float(state["step"]) for state in self.optimizer.optimizer.state.values())
         for name, parameter in self.parameters.items():
-            self._keep(trainables, name, safe_get_full_fp32_param(parameter))
             for key in MOMENTS:
                 full = safe_get_full_optimizer_state(parameter, key)
                 self._keep(optimizer, f"{name}{SEPARATOR}{key}", full)
             self._keep(optimizer, f"{name}{SEPARATOR}step", torch.tensor(steps))
-        return WholeState(trainables, optimizer, {})
+        return WholeState(self._trainables(), optimizer, {})
+
+    def _trainables(self) -> dict[str, Tensor]:
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        found: dict[str, Tensor] = {}
+        for name, parameter in self.parameters.items():
+            self._keep(found, name, safe_get_full_fp32_param(parameter))
+        return found
 
     def _keep(self, found: dict[str, Tensor], name: str, value: Tensor | None) -> None:
         assert value is not None, f"DeepSpeed does not know {name}"
@@ -109,7 +116,11 @@ class DeepSpeedZero:
         """Each rank takes its part of every tensor."""
         shapes = {name: _whole_shape(value) for name, value in self.parameters.items()}
         check_same_tensors(shapes, state.trainables, place)
-        steps = [float(value) for name, value in state.optimizer.items() if name.endswith("|step")]
+        steps = [
+            float(value)
+            for name, value in state.optimizer.items()
+            if name.endswith(f"{SEPARATOR}step")
+        ]
         for values in self.optimizer.optimizer.state.values():
             values["step"].fill_(max(steps, default=0.0))
         for name, parameter in self.parameters.items():
@@ -122,7 +133,15 @@ class DeepSpeedZero:
 
     def whole(self) -> AbstractContextManager[None]:
         """Plain copies on rank zero, from gathered weights."""
-        return whole_copies(self.mesh, self.base, self.gather().trainables)
+        return whole_copies(self.base, self._trainables())
+
+    def close(self) -> None:
+        """DeepSpeed's hooks hold the engine, and so all of it, beyond the pack that made it."""
+        self.engine.destroy()
+        for parameter in self.parameters.values():
+            parameter.data = torch.empty(0)
+            if hasattr(parameter, "ds_tensor"):
+                vars(parameter)["ds_tensor"].data = torch.empty(0)
 
 
 class _Stages1And2:

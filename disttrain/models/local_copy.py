@@ -28,7 +28,7 @@ from disttrain.files import (
 )
 
 VARIABLE = "DISTTRAIN_LOCAL_CACHE"
-LONGEST_WAIT = 1800.0
+LONGEST_WAIT = 1200.0
 SPARE = 256 * 2**20
 """Bytes that a copy leaves free."""
 SMALL_FILES = (".json", ".txt", ".model")
@@ -104,8 +104,14 @@ def _copied(source: Path, files: Files, cache: Path, say: Say) -> Path:
             _make_room(siblings, need)
             _make(content, source.name, files)
         # Open, and so in use, until this process ends: parts of the model are read when needed.
-        keep_in_use(os.open(content / USED, os.O_RDONLY))
+        if content not in _IN_USE:
+            _IN_USE[content] = os.open(content / USED, os.O_RDONLY)
+            keep_in_use(_IN_USE[content])
     return content / source.name
+
+
+_IN_USE: dict[Path, int] = {}
+"""Descriptors of the copies that this process uses, one each."""
 
 
 def _whole(copy: Path, files: Files) -> bool:

@@ -7,6 +7,8 @@ import os
 import shutil
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -27,6 +29,7 @@ from disttrain.engine.checkpoint import (
     newest_checkpoint,
     optimizer_tensors,
     read_checkpoint,
+    read_when_visible,
     restore_optimizer,
     restore_parameters,
     write_checkpoint,
@@ -369,3 +372,17 @@ def test_tensors_of_another_run_are_refused(saved: dict[str, torch.Tensor], prob
     parameters, _ = trained("packed")
     with pytest.raises(CheckpointError, match=rf"^PATH: .*{problem}.*use --fresh|^PATH: {problem}"):
         restore_parameters(parameters, saved, "PATH")
+
+
+def test_a_checkpoint_that_is_not_visible_yet_is_waited_for(tmp_path: Path) -> None:
+    hidden = write_checkpoint(tmp_path / "elsewhere", 3, checkpoint_of(3), 2)
+    path = checkpoint_path(tmp_path / "seen", 3)
+    began = time.monotonic()
+    with pytest.raises(CheckpointError, match="incomplete"):
+        read_when_visible(path, seconds=0.2)
+    assert time.monotonic() - began >= 0.2
+    appears = threading.Timer(0.7, shutil.copytree, [hidden, path])
+    appears.start()
+    found = read_when_visible(path, seconds=30)
+    appears.join()
+    assert equal(found, read_checkpoint(hidden))

@@ -54,7 +54,7 @@ class DeepSpeedZero:
                 config=engine_settings(config, mesh.strategy),
                 dist_init_required=False,
             )
-        mesh.watch(self.engine)
+        mesh.watch(denoiser)
         self._access = _Stage3(mesh) if mesh.strategy == "zero3" else _Stages1And2()
         self._access.begin(self.optimizer)
         if exact:
@@ -136,12 +136,15 @@ class DeepSpeedZero:
         return whole_copies(self.base, self._trainables())
 
     def close(self) -> None:
-        """DeepSpeed's hooks hold the engine, and so all of it, beyond the pack that made it."""
+        """DeepSpeed's hooks hold engine and optimizer beyond the pack that made them, by ways that
+        Python's collector cannot see: so they are emptied."""
         self.engine.destroy()
         for parameter in self.parameters.values():
             parameter.data = torch.empty(0)
             if hasattr(parameter, "ds_tensor"):
                 vars(parameter)["ds_tensor"].data = torch.empty(0)
+        vars(self.optimizer).clear()
+        vars(self.engine).clear()
 
 
 class _Stages1And2:

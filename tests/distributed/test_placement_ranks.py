@@ -47,6 +47,16 @@ def run(tree: dict[str, Any], where: Path, processes: int) -> Path:
     return Path(tree["output_dir"]) / tree["name"]
 
 
+def probe(what: str, tree: dict[str, Any], where: Path) -> str:
+    """What the command says in two processes of `rank_probe.py`."""
+    config = write_config(tree, where)
+    command = [BIN / "torchrun", "--nproc-per-node", "2", "--master-port", free_port()]
+    script = Path(__file__).parent / "rank_probe.py"
+    done = run_command(*command, script, what, "train", config, timeout=280, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stdout[-500:] + done.stderr[-3000:]
+    return done.stdout
+
+
 def losses(folder: Path) -> torch.Tensor:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return torch.tensor([json.loads(line)["loss"] for line in lines])
@@ -168,3 +178,27 @@ def test_a_step_that_is_not_finite_changes_nothing(way: str, tmp_path: Path) -> 
     assert "exitcode  : 3" in done.stderr
     kept = read_tensors(checkpoints(tmp_path / "dreambooth")[-1] / "trainables.safetensors")
     assert all(bool(value.isfinite().all()) for value in kept.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["zero2", "zero3", "fsdp"])
+def test_a_subject_leaves_no_memory_taken(way: str, tmp_path: Path) -> None:
+    tree = settings(tmp_path, SPLIT[way], max_steps=1)
+    tree["subjects"] = [{**tree["subjects"][0], "name": name} for name in ("fox", "owl")]
+    out = probe("memory", tree, tmp_path / "c.yaml")
+    left = [int(line.split()[1]) for line in out.splitlines() if line.startswith("left: ")]
+    assert len(left) >= 2
+    assert max(left) < 2**22
+
+
+def test_all_ranks_go_on_from_the_checkpoint_that_rank_zero_chose(
+    whole: Path, tmp_path: Path
+) -> None:
+    tree = settings(tmp_path, max_steps=4)
+    tree["train"].update(checkpoint_every=2)
+    folder = train_here(tree)
+    assert len(checkpoints(folder)) == 2
+    tree["train"].update(max_steps=5)
+    assert "going on from step 4" in probe("stale", tree, tmp_path / "c.yaml")
+    assert torch.allclose(losses(folder), losses(whole), rtol=1e-4)
+    assert difference(folder, whole, "trainables") < 1e-4

@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from disttrain.config_file import load_config
-from disttrain.engine.checkpoint import optimizer_tensors
 from disttrain.engine.distributed import Mesh
 from disttrain.engine.progress import Progress
 from disttrain.engine.run import open_run
@@ -35,7 +34,7 @@ def main() -> None:
         pack.denoiser.register_comm_hook(None, count)
         pack.begin_step()
         pack.update(gradients(run, pack).tolist())
-        state = optimizer_tensors(pack.optimizer, pack.parameter_names)
+        state = pack.placement.gather().optimizer
         if mesh.is_main:
             kept = sum(value.numel() * value.element_size() for value in state.values())
             result.write_text(json.dumps({"sent": sum(sent), "state": kept}))

@@ -334,6 +334,10 @@ def test_a_port_in_use_is_refused_on_the_first_node(capsys: pytest.CaptureFixtur
         (["--nproc", "0"], "--nproc: must be at least 1"),
         (["--nodes", "2"], "--node-rank: missing; say which of the 2 nodes"),
         (["--nodes", "2", "--node-rank", "2"], "--node-rank: 2 is none of 2 nodes"),
+        (
+            ["--fleet", "examples/fleet.csv", "--rendezvous", "a:1"],
+            "--rendezvous, --join-timeout: workers",
+        ),
         (["--nodes", "2", "--node-rank", "1"], "--rendezvous: missing"),
         (["--fsdp", "--deepspeed", "zero2"], "--fsdp: given beside --deepspeed"),
         (["--fleet", "examples/fleet.csv", "--fsdp"], "--fsdp: each worker of a fleet is"),

@@ -76,6 +76,8 @@ def _check(options: Options) -> None:
         raise UserError(f"--node-rank: {rank} is none of {nodes} nodes; count them from 0")
     if nodes > 1 and options.rendezvous is None and options.fleet is None:
         raise UserError("--rendezvous: missing; give HOST:PORT of the first node")
+    if options.fleet is not None and (options.rendezvous or options.join_timeout):
+        raise UserError("--rendezvous, --join-timeout: workers of a fleet do not meet; remove them")
     if options.fleet is not None and options.fresh:
         raise UserError("--fresh: a fleet has none; give it another name= instead")
     if options.fleet is not None and options.max_restarts:

@@ -62,11 +62,14 @@ def settled(members: Sequence[RunConfig]) -> list[RunConfig]:
     Raises:
         ConfigError: members differ in what a worker has one of.
     """
-    for key in ("name", "output_dir", "mixed_precision", "fleet"):
+    for key in ("name", "output_dir", "mixed_precision", "fleet", "parallel"):
         values = {getattr(member, key) for member in members}
         if len(values) > 1:
             raise ConfigError(f"{key}: must be the same for all subjects of a fleet")
     first = members[0]
+    for key in ("offload_optimizer", "deepspeed_config", "force"):
+        if getattr(first.parallel, key):
+            raise ConfigError(f"parallel.{key}: workers of a fleet split nothing; remove it")
     if first.packable and not first.data.cache_latents:
         raise ConfigError("data.cache_latents: a fleet trains on cached latents; remove it")
     if first.train.trackers:

@@ -157,3 +157,26 @@ def test_the_optimizer_of_one_process_may_be_offloaded(tmp_path: Path) -> None:
         for run in (plain, tmp_path / "b/dreambooth")
     )
     assert left == pytest.approx(right, rel=1e-5)
+
+
+@pytest.mark.parametrize("own", [{"offload_optimizer": True}, {"deepspeed_config": "a.json"}])
+def test_workers_of_a_fleet_split_nothing(own: dict[str, Any]) -> None:
+    from disttrain.engine.fleet import settled
+
+    with pytest.raises(ConfigError, match="workers of a fleet split nothing; remove it"):
+        settled([config_of(strategy="zero2", **own)])
+    assert settled([config_of(strategy="zero2")])
+
+
+def test_offload_of_a_file_counts_and_is_not_contradicted(tmp_path: Path) -> None:
+    offloads = str(ROOT / "launch/deepspeed/zero2_offload.json")
+    settled = settle_parallel(config_of(strategy="zero2", deepspeed_config=offloads), {})
+    assert settled.parallel.offload_optimizer
+    keeps = str(ROOT / "launch/deepspeed/zero2.json")
+    config = config_of(strategy="zero2", deepspeed_config=keeps, offload_optimizer=True)
+    with pytest.raises(ConfigError, match="device none; make them agree"):
+        settle_parallel(config, {})
+    path = tmp_path / "own.json"
+    path.write_text(json.dumps({"zero_optimization": {"offload_param": {"device": "cpu"}}}))
+    with pytest.raises(ConfigError, match="only the optimizer may be offloaded"):
+        settle_parallel(config_of(strategy="zero3", deepspeed_config=str(path)), {})

@@ -266,7 +266,7 @@ def settings_in(value: Any) -> typing.Iterator[Any]:
 
 def test_the_whole_tree_is_frozen() -> None:
     found = list(settings_in(parsed(LORA)))
-    assert len(found) == 8
+    assert len(found) == 9
     for settings in found:
         with pytest.raises(dataclasses.FrozenInstanceError):
             settings.name = "other"

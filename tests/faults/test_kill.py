@@ -114,7 +114,8 @@ def test_a_run_with_workers_ends_as_if_it_had_not_stopped(tmp_path: Path, number
     signal_at_step(process, run, 13, number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (75 if number == signal.SIGTERM else -number), errors
-    assert "Traceback" not in errors
+    # Workers whose parent was killed may say that the connection to it was lost.
+    assert number == signal.SIGKILL or "Traceback" not in errors
     assert checkpoints(run)[-1].name != f"step-{STEPS:08d}"
     assert disttrain("train", config).returncode == 0
     end, expected = digests(run), digests(tmp_path / "whole/lora")

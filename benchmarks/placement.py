@@ -31,7 +31,7 @@ from disttrain.config import RunConfig
 from disttrain.config_file import load_config
 from disttrain.engine.distributed import Mesh
 from disttrain.engine.optim import set_rates
-from disttrain.engine.placement import place_weights
+from disttrain.engine.strategy import place_weights
 from disttrain.engine.zero import load_deepspeed
 from disttrain.methods import METHODS
 from disttrain.models.base import load_base

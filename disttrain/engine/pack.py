@@ -22,9 +22,10 @@ from disttrain.engine.optim import (
     schedule_factor,
     set_rates,
 )
-from disttrain.engine.placement import Outcome, place_weights
+from disttrain.engine.placement import Outcome
 from disttrain.engine.settings_keys import training_key
 from disttrain.engine.slot import Slot
+from disttrain.engine.strategy import place_weights
 from disttrain.errors import CheckpointError
 from disttrain.methods import METHODS
 from disttrain.methods.base import Method

@@ -15,11 +15,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from disttrain.config import RunConfig
 from disttrain.engine.average import WeightAverage
 from disttrain.engine.checkpoint import Checkpoint
-from disttrain.engine.distributed import Mesh
-from disttrain.methods.base import Method
 from disttrain.models.parts import BaseModel, empty_copy
 
 
@@ -91,23 +88,6 @@ class Placement(Protocol):
     def close(self) -> None:
         """Let go of what is held beyond this object; nothing else may be called after it."""
         ...
-
-
-def place_weights(config: RunConfig, mesh: Mesh, base: BaseModel, method: Method) -> Placement:
-    """The configured placement of what a method trains, ready for the first step."""
-    from disttrain.engine.replicated import Replicated
-
-    strategy = mesh.strategy
-    if strategy == "ddp":
-        return Replicated(config, mesh, base, method)
-    if strategy == "fsdp":
-        from disttrain.engine.fully_sharded import FullySharded, ShardedBase
-
-        kind = ShardedBase if config.packable else FullySharded
-        return kind(config, mesh, base, method)
-    from disttrain.engine.zero import DeepSpeedZero
-
-    return DeepSpeedZero(config, mesh, base, method)
 
 
 @contextmanager

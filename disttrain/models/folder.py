@@ -58,8 +58,8 @@ def load_folder(folder: Path, name: str, prediction_type: str | None = None) -> 
     """
     _check_pipeline(folder)
     unet_config = _config(folder, "unet")
-    _check_unet(folder, unet_config)
     vae_config = _config(folder, "vae")
+    _check_unet(folder, unet_config, vae_config["latent_channels"])
     files = {part: _find_weights(folder, part) for part in ("unet", "text_encoder", "vae")}
     tokenizer = _load_tokenizer(folder)
     text_encoder = frozen(_load_part(CLIPTextModel, files["text_encoder"]))
@@ -96,11 +96,11 @@ def _check_pipeline(folder: Path) -> None:
         raise ModelError(f"{folder}: {kind} is not supported yet: {SUPPORTED}")
 
 
-def _check_unet(folder: Path, config: dict[str, Any]) -> None:
+def _check_unet(folder: Path, config: dict[str, Any], latent_channels: int) -> None:
     width = config["cross_attention_dim"]
     if not isinstance(width, int) or config.get("addition_embed_type") is not None:
         raise ModelError(f"{folder}: this kind of UNet is not supported yet: {SUPPORTED}")
-    if config["in_channels"] != 4:
+    if config["in_channels"] != latent_channels:
         raise ModelError(
             f"{folder}: its UNet takes {config['in_channels']} channels (inpainting or editing),"
             " which is not supported yet; use the text-to-image model it came from"

@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 SOURCES := disttrain tests examples docs benchmarks
 
-.PHONY: install demo test test-all benchmark-data benchmark-pack benchmark-placement drill-fleet cluster-test check format clean
+.PHONY: install demo test test-all tiny-base tiny-base-check benchmark-data benchmark-pack benchmark-placement drill-fleet cluster-test check format clean
 
 install: .venv/installed
 
@@ -22,6 +22,13 @@ test: install
 
 test-all: install
 	$(BIN)/python -m pytest
+
+# The embedded base model from nothing: hours on a processor, minutes on a GPU; may be stopped.
+tiny-base: install
+	examples/tiny_base/make.sh
+
+tiny-base-check: install
+	examples/tiny_base/make.sh check
 
 # About five minutes on a machine with nothing else to do.
 benchmark-data: install

@@ -91,8 +91,8 @@ def build_tiny(prediction_type: str | None = None) -> BaseModel:
         name="tiny",
         family="sd1",
         tokenizer=clip_tokenizer(),
-        text_encoder=_drawn("text_encoder", lambda: CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG))),
-        unet=_drawn("unet", lambda: UNet2DConditionModel(**UNET_CONFIG)),
+        text_encoder=drawn("text_encoder", lambda: CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG))),
+        unet=drawn("unet", lambda: UNet2DConditionModel(**UNET_CONFIG)),
         scheduler=DDPMScheduler(**schedule),
         pipeline_scheduler=DDIMScheduler(**schedule, set_alpha_to_one=False),
         vae_source=_tiny_vae,
@@ -103,13 +103,14 @@ def build_tiny(prediction_type: str | None = None) -> BaseModel:
 
 
 def _tiny_vae() -> AutoencoderKL:
-    vae = _drawn("vae", lambda: AutoencoderKL(**VAE_CONFIG))
+    vae = drawn("vae", lambda: AutoencoderKL(**VAE_CONFIG))
     log_variance = vae.quant_conv.bias[VAE_CONFIG["latent_channels"] :]  # pyright: ignore
     log_variance += POSTERIOR_LOG_VARIANCE
     return vae
 
 
-def _drawn(part: str, build: Any) -> Any:
+def drawn(part: str, build: Any) -> Any:
+    """A module whose weights are drawn, each by its public name within `part`."""
     module = skeleton(build)
     weights = {
         name: _draw(part, public_name(part, name), tuple(tensor.shape))

@@ -19,6 +19,14 @@ from disttrain import __version__
 from disttrain.cluster.commands import add_launch, add_slurm, joined
 from disttrain.cluster.exit_codes import told
 from disttrain.errors import EXIT_DONE, EXIT_TRAINING_FAILED, EXIT_USER_ERROR, UserError
+from disttrain.review.commands import (
+    add_doctor,
+    add_sample,
+    add_score,
+    run_doctor,
+    run_sample,
+    run_score,
+)
 
 EXAMPLES = {
     "train": "disttrain train configs/lora.yaml train.max_steps=200 subjects.0.token=ohwx",
@@ -28,6 +36,7 @@ EXAMPLES = {
     "slurm": "disttrain slurm configs/lora.yaml --nodes 2 --gpus-per-node 8 --time 12:00:00",
     "shard": "disttrain shard examples/subjects/fox shards/fox --max-size 100MB",
     "sample": 'disttrain sample runs/fox-lora --prompt "a photo of {token} {class_name}"',
+    "score": "disttrain score runs/fox-lora --pictures 4",
     "doctor": "disttrain doctor",
     "keys": "disttrain keys optim",
 }
@@ -49,12 +58,9 @@ def build_parser() -> argparse.ArgumentParser:
     add_launch(_command(commands, "launch", "train on several processes or machines"))
     add_slurm(_command(commands, "slurm", "submit a training or a fleet as a SLURM job"))
     _add_shard(commands)
-    _add_sample(commands)
-    doctor = _command(commands, "doctor", "show versions, devices and what is missing")
-    text = "under a launcher: what its processes see of each other; they must share OUTPUT_DIR"
-    doctor.add_argument(
-        "--distributed", nargs="?", const="runs", metavar="OUTPUT_DIR", help=f"{text} (runs)"
-    )
+    add_sample(_command(commands, "sample", "draw pictures with what a run has learned"))
+    add_score(_command(commands, "score", "measure how well a run learned its subjects"))
+    add_doctor(_command(commands, "doctor", "show versions, devices and what is missing"))
     keys = _command(commands, "keys", "list every config key with its help")
     keys.add_argument("prefix", nargs="?", default="", help="only keys that start with this")
     return parser
@@ -127,21 +133,6 @@ def _add_shard(commands: _Commands[argparse.ArgumentParser]) -> None:
     )
     shard.add_argument("--workers", type=int, help="tars at once; default: one a core, at most 8")
     shard.add_argument("--verify", metavar="INDEX", help="look for damaged shards")
-
-
-def _add_sample(commands: _Commands[argparse.ArgumentParser]) -> None:
-    sample = _command(commands, "sample", "draw pictures with what a run has learned")
-    sample.add_argument("run", type=Path, metavar="RUN", help="run folder")
-    sample.add_argument("--prompt", required=True, help="with {token} and {class_name}")
-    sample.add_argument("--negative-prompt", default="", help="what not to show")
-    sample.add_argument("--subject", default="", help="which subject; default: the first")
-    sample.add_argument("--step", type=int, help="use the copy saved at this step")
-    sample.add_argument("--count", type=int, default=1, help="pictures to draw, default 1")
-    sample.add_argument("--seed", type=int, default=0, help="seed of the first, default 0")
-    sample.add_argument("--steps", type=int, default=20, help="denoising steps, default 20")
-    sample.add_argument("--guidance-scale", type=float, default=7.5, help="default 7.5")
-    sample.add_argument("--size", type=int, help="side in pixels; default: the run's resolution")
-    sample.add_argument("--output", type=Path, help="folder; default RUN/samples")
 
 
 def _command(
@@ -340,31 +331,6 @@ def _size(text: str, option: str) -> int:
     return size
 
 
-def _sample(options: argparse.Namespace) -> int:
-    from disttrain.review.sample import SampleRequest, sample
-
-    request = SampleRequest(
-        prompt=options.prompt,
-        negative_prompt=options.negative_prompt,
-        subject=options.subject,
-        step=options.step,
-        count=options.count,
-        seed=options.seed,
-        steps=options.steps,
-        guidance_scale=options.guidance_scale,
-        size=options.size,
-    )
-    for path in sample(options.run, request, options.output or options.run / "samples"):
-        print(path)
-    return EXIT_DONE
-
-
-def _doctor(options: argparse.Namespace) -> int:
-    from disttrain.review.doctor import examine, examine_together
-
-    return examine() if options.distributed is None else examine_together(options.distributed)
-
-
 def _keys(options: argparse.Namespace) -> int:
     from disttrain import schema
     from disttrain.config import RunConfig
@@ -384,7 +350,8 @@ COMMANDS = {
     "launch": _launch,
     "slurm": _slurm,
     "shard": _shard,
-    "sample": _sample,
-    "doctor": _doctor,
+    "sample": run_sample,
+    "score": run_score,
+    "doctor": run_doctor,
     "keys": _keys,
 }

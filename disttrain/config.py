@@ -106,6 +106,9 @@ class SubjectSettings:
     output_dir/.cache."""
     class_prompt: str = "a photo of {class_name}"
     """Prompt for class pictures, when training on them and when the base model draws them."""
+    held_out: str = ""
+    """Pictures of the subject that training does not see, given as images are, for `disttrain
+    score`; empty: the training pictures, which also reward copying them."""
 
 
 @dataclass(frozen=True)
@@ -266,6 +269,29 @@ class FleetSettings:
     false: it leaves."""
 
 
+@dataclass(frozen=True)
+class ScoreSettings:
+    """How `disttrain score` measures what was learned; it changes nothing that trains."""
+
+    prompts: tuple[str, ...] = ()
+    """Prompts that the subject is drawn with, with {token} and {class_name}; empty:
+    instance_prompt where it has no {caption}, else the method's usual one."""
+    sanity_prompts: tuple[str, ...] = ()
+    """Prompts without the subject, which the base model's pictures should survive, with
+    {class_name}; empty: "a photo of {class_name}", or "a photo" without a class name."""
+    pictures: int = 8
+    """Pictures drawn for each prompt."""
+    steps: int = 20
+    """Denoising steps of a picture."""
+    guidance_scale: float = 7.5
+    """Guidance scale of a picture; 1 means none."""
+    seed: int = 0
+    """Seed of the first picture of each prompt; every state is drawn with the same seeds."""
+    features: str = "effnet"
+    """What pictures are compared by: effnet (EffNet-I, works offline), or the folder or hub id of a
+    CLIP model (CLIP-I and CLIP-T) or of a DINO or DINOv2 model."""
+
+
 Strategy = Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp"]
 
 
@@ -309,6 +335,8 @@ class RunConfig:
     """Many subjects from a manifest."""
     parallel: ParallelSettings = field(default_factory=ParallelSettings)
     """How a model lies over the processes of a run."""
+    score: ScoreSettings = field(default_factory=ScoreSettings)
+    """How what was learned is measured."""
     output_dir: str = "runs"
     """Folder that holds run folders, and the cache of latents they share."""
     base_model: str = "tiny"

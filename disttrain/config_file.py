@@ -46,6 +46,7 @@ def parse_config(tree: dict[str, Any]) -> RunConfig:
     check_parallel(config)
     for i, subject in enumerate(config.subjects):
         _check_subject(config, subject, f"subjects.{i}")
+        _check_score(config, subject, f"subjects.{i}")
     return config
 
 
@@ -132,6 +133,10 @@ def _lower_bounds(config: RunConfig) -> list[tuple[str, float, float]]:
         ("train.sample_steps", train.sample_steps, 1),
         ("train.sample_guidance_scale", train.sample_guidance_scale, 1),
         ("train.sample_seed", train.sample_seed, 0),
+        ("score.pictures", config.score.pictures, 1),
+        ("score.steps", config.score.steps, 1),
+        ("score.guidance_scale", config.score.guidance_scale, 1),
+        ("score.seed", config.score.seed, 0),
     ]
     if isinstance(config.fleet.pack_size, int):
         bounds.append(("fleet.pack_size", config.fleet.pack_size, 1))
@@ -246,6 +251,31 @@ def _check_subject(config: RunConfig, subject: SubjectSettings, where: str) -> N
             _refuse(f"{where}.class_images", f"{subject.class_images} does not exist")
 
 
+def _check_score(config: RunConfig, subject: SubjectSettings, where: str) -> None:
+    """Settings of `disttrain score` that could not be followed later."""
+    score = config.score
+    if not score.features.strip():
+        _refuse("score.features", "empty; use effnet, or a folder or hub id of CLIP or DINO")
+    is_path = score.features.startswith(("/", ".", "~"))
+    if is_path and not os.path.isdir(os.path.expanduser(score.features)):
+        _refuse("score.features", f"{score.features} does not exist; give a model's folder")
+    key = f"{where}.held_out"
+    if subject.held_out:
+        if not _may_exist(subject.held_out):
+            _refuse(key, f"{subject.held_out} does not exist; give a folder of pictures")
+        if os.path.normpath(subject.held_out) == os.path.normpath(subject.images):
+            _refuse(key, "the training pictures themselves; keep some out, or remove it")
+    for i, text in enumerate(score.sanity_prompts):
+        own = subject.token.lower()
+        inverted = isinstance(config.method, TextualInversionSettings)
+        words = text.lower() if inverted else text.lower().split()
+        if "{token}" in text or (own and own in words):
+            _refuse(
+                f"score.sanity_prompts.{i}",
+                "holds the subject's token; these pictures must be able to do without it",
+            )
+
+
 def _may_exist(place: str) -> bool:
     """Whether pictures may be there; URLs are looked at when the run opens."""
     return "://" in place or os.path.exists(place)
@@ -258,6 +288,10 @@ def _check_prompt_fields(subject: SubjectSettings, config: RunConfig, where: str
         prompts.append((f"{where}.class_prompt", subject.class_prompt))
     prompts += [
         (f"train.sample_prompts.{i}", text) for i, text in enumerate(config.train.sample_prompts)
+    ]
+    prompts += [(f"score.prompts.{i}", text) for i, text in enumerate(config.score.prompts)]
+    prompts += [
+        (f"score.sanity_prompts.{i}", text) for i, text in enumerate(config.score.sanity_prompts)
     ]
     for key, text in prompts:
         for name in re.findall(r"\{([^{}]*)\}", text):

@@ -88,7 +88,7 @@ def _member(
         else:
             known = ", ".join(sorted(SUBJECT_KEYS))
             raise ConfigError(f"{key!r}: unknown column; use {known}, seed, or section.key")
-    for key in ("images", "class_images"):
+    for key in ("images", "class_images", "held_out"):
         if isinstance(subject.get(key), str):
             subject[key] = _from(path, subject[key])
     filled = schema.apply_overrides({**tree, "subjects": [subject]}, overrides)

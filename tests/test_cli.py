@@ -57,6 +57,16 @@ SURFACE: dict[str, list[tuple[str, Any, Any, bool, Any]]] = {
         ("--size", None, None, False, int),
         ("--output", None, None, False, Path),
     ],
+    "score": [
+        ("run", None, None, True, Path),
+        ("--subject", None, "", False, None),
+        ("--pictures", None, None, False, int),
+        ("--steps", None, None, False, int),
+        ("--features", None, "", False, None),
+        ("--held-out", None, "", False, None),
+        ("--clip", None, "", False, None),
+        ("--dino", None, "", False, None),
+    ],
     "doctor": [("--distributed", "?", None, False, None)],
     "keys": [("prefix", "?", "", False, None)],
     "launch": [

@@ -172,7 +172,14 @@ OWNED = [
         ),
         {"disttrain/randomness.py"},
     ),
-    (("argparse",), {"disttrain/cli.py", "disttrain/cluster/commands.py"}),
+    (
+        ("argparse",),
+        {
+            "disttrain/cli.py",
+            "disttrain/cluster/commands.py",
+            "disttrain/review/commands.py",
+        },
+    ),
     (
         ("signal",),
         {

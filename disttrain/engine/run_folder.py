@@ -40,10 +40,11 @@ MAY_CHANGE = (
     "train.keep_checkpoints",
     "train.sample_",
     "train.trackers",
+    "score.",
 )
 """Keys that may differ when a run goes on: they change neither its samples nor its weights' shape.
 The batch may change because the cursor counts samples. `subjects.N.images` may move too: the
-checkpoint holds the digest of what was in it."""
+checkpoint holds the digest of what was in it. `subjects.N.held_out` is looked at by scores only."""
 
 PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "safetensors", "pillow", "numpy")
 
@@ -127,7 +128,7 @@ def check_same_run(folder: RunFolder, config: RunConfig) -> None:
         f"{key} ({before} -> {after})"
         for key, (before, after) in schema.differences(old, schema.to_mapping(config)).items()
         if not key.startswith(MAY_CHANGE)
-        and not (key.startswith("subjects.") and key.endswith("images"))
+        and not (key.startswith("subjects.") and key.endswith(("images", "held_out")))
     ]
     if changed:
         raise ConfigError(

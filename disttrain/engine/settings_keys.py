@@ -15,6 +15,7 @@ PER_SUBJECT = (
     "subjects",
     "seed",
     "captions",
+    "score.",
     "method.init_text",
     "method.prior_loss_weight",
     "optim.learning_rate",
@@ -34,6 +35,10 @@ PER_SUBJECT = (
 """Settings that subjects of one pack may have each for itself."""
 
 
+SCORED_AGAINST = "subjects.0.held_out"
+"""Pictures that nothing is taught from."""
+
+
 def pack_key(member: RunConfig) -> str:
     """Equal for subjects that may train in one pack."""
     flat = schema.flatten(schema.to_mapping(member))
@@ -43,7 +48,8 @@ def pack_key(member: RunConfig) -> str:
 def settings_key(member: RunConfig) -> str:
     """Digest of what a subject's result depends on."""
     flat = schema.flatten(schema.to_mapping(member))
-    kept = {k: v for k, v in flat.items() if not k.startswith(MAY_CHANGE) or k == "train.max_steps"}
+    other = (*MAY_CHANGE, SCORED_AGAINST)
+    kept = {k: v for k, v in flat.items() if not k.startswith(other) or k == "train.max_steps"}
     return digest_of(kept)
 
 
@@ -53,5 +59,5 @@ def training_key(member: RunConfig) -> str:
     Where its pictures lie does not count: their digest is kept beside it.
     """
     flat = schema.flatten(schema.to_mapping(member))
-    places = ("subjects.0.images", "subjects.0.class_images")
+    places = ("subjects.0.images", "subjects.0.class_images", SCORED_AGAINST)
     return digest_of({k: v for k, v in flat.items() if not k.startswith((*MAY_CHANGE, *places))})

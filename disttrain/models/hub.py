@@ -24,12 +24,18 @@ from disttrain.errors import ModelError
 from disttrain.models.loading import one_line
 
 
-def download(model: str, revision: str | None, weights: Iterable[Iterable[str]]) -> Path:
+def download(
+    model: str,
+    revision: str | None,
+    weights: Iterable[Iterable[str]],
+    key: str = "base_model",
+) -> Path:
     """Local folder of hub model `model`; from the cache when it is there and the hub is not.
 
     Args:
         revision: branch, tag or commit; None for the default branch.
         weights: for each part its possible weight files, the preferred one first.
+        key: the setting that named the model, for messages.
 
     Raises:
         ModelError: unknown, gated, or unreachable and not in the cache.
@@ -42,11 +48,11 @@ def download(model: str, revision: str | None, weights: Iterable[Iterable[str]])
             _download_first(model, folder.name, candidates)
     except GatedRepoError as error:
         raise ModelError(
-            f"base_model: '{model}' is gated; accept its terms on its hub page and `hf auth login`"
+            f"{key}: '{model}' is gated; accept its terms on its hub page and `hf auth login`"
         ) from error
     except RepositoryNotFoundError as error:
         raise ModelError(
-            f"base_model: '{model}' exists neither here nor on the hub; check the name, or run"
+            f"{key}: '{model}' exists neither here nor on the hub; check the name, or run"
             " `hf auth login` if it is private"
         ) from error
     except RevisionNotFoundError as error:
@@ -55,13 +61,13 @@ def download(model: str, revision: str | None, weights: Iterable[Iterable[str]])
         ) from error
     except LocalEntryNotFoundError as error:
         raise ModelError(
-            f"base_model: '{model}' does not exist here, and the hub cannot be reached; check the"
+            f"{key}: '{model}' does not exist here, and the hub cannot be reached; check the"
             " path or the network"
         ) from error
     except HFValidationError as error:
-        raise ModelError(f"base_model: '{model}' is no file, folder or hub id") from error
+        raise ModelError(f"{key}: '{model}' is no file, folder or hub id") from error
     except (HfHubHTTPError, OSError) as error:
-        raise ModelError(f"base_model: hub model '{model}': {one_line(error)}") from error
+        raise ModelError(f"{key}: hub model '{model}': {one_line(error)}") from error
     return folder
 
 

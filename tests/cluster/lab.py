@@ -326,6 +326,7 @@ def main() -> int:
     start.add_argument("--nodes", type=int, default=2)
     start.add_argument("--cpus", type=int, default=4, help="that each host claims to have")
     commands.add_parser("stop", help="end it")
+    commands.add_parser("possible", help="say what is missing here, if anything")
     inside = commands.add_parser("exec", help="run a command on a host")
     inside.add_argument("--host", default=CONTROL)
     inside.add_argument("words", nargs=argparse.REMAINDER)
@@ -340,6 +341,8 @@ def main() -> int:
             print(f"{lab.nodes} hosts; shared folder {lab.share}")
         elif options.command == "stop":
             lab.stop()
+        elif options.command == "possible":
+            refuse_where_impossible()
         elif options.command == "exec":
             return subprocess.run(lab.words(options.host, *options.words), check=False).returncode
         else:

@@ -17,14 +17,16 @@ from test_features import small_models
 from disttrain.cli import main
 from disttrain.config import RunConfig
 from disttrain.config_file import load_config
+from disttrain.engine import compared_pictures as compared_module
 from disttrain.engine.artist import Artist
+from disttrain.engine.compared_pictures import Against
 from disttrain.engine.prompt_judge import PromptJudge
 from disttrain.files import read_tensors, write_tensors
 from disttrain.models.base import configured_base
 from disttrain.models.sampler import DrawSettings
 from disttrain.models.text import PromptTokenizer
 from disttrain.review import score as score_module
-from disttrain.review.score import Against, Bench, ScoreRequest, members_of, score_subject
+from disttrain.review.score import Bench, ScoreRequest, members_of, score_subject
 from disttrain.review.states import put, saved_states, take_out
 
 CPU = torch.device("cpu")
@@ -295,9 +297,9 @@ def test_a_fleets_subjects_are_found_by_their_own_settings(
 def test_large_sets_are_compared_with_some_of_them(
     runs: Copies, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(score_module, "MOST_COMPARED", 4)
+    monkeypatch.setattr(compared_module, "MOST_COMPARED", 4)
     change(runs["lora"])
-    against, pictures = score_module.compared_pictures(load_config(runs["lora"] / "config.yaml"))
+    against, pictures = compared_module.compared_pictures(load_config(runs["lora"] / "config.yaml"))
     assert isinstance(against, Against)
     assert pictures.shape == (4, 64, 64, 3)
     assert pictures.dtype == np.uint8

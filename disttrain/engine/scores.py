@@ -95,13 +95,31 @@ def measure(
     """
     prompts, pictures, seed = yardstick.prompts, yardstick.pictures, yardstick.seed
     drawn = draw_each(artist, prompts.plain if plain else prompts.subject, pictures, seed)
-    features = yardstick.main.encoder.encode(drawn.pictures)
+    others = draw_each(artist, prompts.sanity, pictures, seed) if sanity else None
+    return scores_of(yardstick, drawn, others, vectors=vectors, vocabulary=vocabulary)
+
+
+def scores_of(
+    yardstick: Yardstick,
+    drawn: Drawn,
+    sanity: Drawn | None,
+    *,
+    vectors: Tensor | None = None,
+    vocabulary: Tensor | None = None,
+) -> Scores:
+    """The scores of the state that drew these pictures; see `measure`.
+
+    Args:
+        drawn: `yardstick.pictures` of each subject prompt, prompt by prompt.
+        sanity: the same of the sanity prompts; None where they cannot have changed.
+    """
+    pictures, encoder = yardstick.pictures, yardstick.main.encoder
+    features = encoder.encode(drawn.pictures)
     subject, error = fidelity(features, yardstick.main.wanted)
     drift = 0.0
-    if sanity:
-        now = draw_each(artist, prompts.sanity, pictures, seed)
-        drift = apart(yardstick.untouched, yardstick.main.encoder.encode(now.pictures))
-    told = [text for text in prompts.told for _ in range(pictures)]
+    if sanity is not None:
+        drift = apart(yardstick.untouched, encoder.encode(sanity.pictures))
+    told = [text for text in yardstick.prompts.told for _ in range(pictures)]
     return Scores(
         subject=subject,
         subject_error=error,

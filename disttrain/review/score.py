@@ -19,10 +19,8 @@ import torch
 
 from disttrain.config import RunConfig
 from disttrain.config_file import load_config
-from disttrain.data.images import decode
-from disttrain.data.source import open_source, source_options
-from disttrain.data.window import fit
 from disttrain.engine.artist import Artist
+from disttrain.engine.compared_pictures import Against, compared_pictures, draw_settings
 from disttrain.engine.fleet_folder import FINISHED, FleetFolder
 from disttrain.engine.metrics import MetricsLog
 from disttrain.engine.overtraining import Reading, Verdict, verdict, window_loss
@@ -36,14 +34,11 @@ from disttrain.files import write_json
 from disttrain.models.base import BaseModel, configured_base
 from disttrain.models.encoders import open_encoder
 from disttrain.models.features import FeatureEncoder
-from disttrain.models.sampler import DrawSettings
 from disttrain.models.text import PromptTokenizer
 from disttrain.review.states import SavedState, put, saved_states
 
 FORMAT = 1
 SCORES_FILE = "scores.json"
-MOST_COMPARED = 64
-"""Pictures of the subject that drawn ones are compared with; of more, as many spread evenly."""
 SILENT_SECONDS = 2.0
 
 
@@ -62,17 +57,6 @@ class ScoreRequest:
     """Folder or hub id of a CLIP model to report beside."""
     dino: str = ""
     """The same of a DINO model."""
-
-
-@dataclass(frozen=True)
-class Against:
-    """The pictures that drawn ones are compared with."""
-
-    held_out: bool
-    """False: no others were given, so these are the training pictures."""
-    place: str
-    pictures: int
-    digest: str
 
 
 @dataclass(frozen=True)
@@ -254,36 +238,6 @@ def score_state(
         vectors=in_place.vectors,
         vocabulary=in_place.vocabulary,
     )
-
-
-def draw_settings(member: RunConfig, base: BaseModel) -> DrawSettings:
-    """How pictures are drawn for scores: at the size that was trained."""
-    side, score = member.data.resolution, member.score
-    if side % base.latent_scale:
-        raise ConfigError(f"data.resolution: {side} is not a multiple of {base.latent_scale}")
-    return DrawSettings(score.steps, score.guidance_scale, side, side)
-
-
-def compared_pictures(member: RunConfig) -> tuple[Against, np.ndarray]:
-    """The pictures of the subject to compare with, `[M, side, side, 3]` uint8.
-
-    Cut and resized as training pictures are (the middle of each).
-
-    Raises:
-        DataError: there is none, or one cannot be read.
-    """
-    (subject,) = member.subjects
-    place = subject.held_out or subject.images
-    source = open_source(place, source_options(member))
-    count, side = len(source.records), member.data.resolution
-    chosen = np.unique(np.linspace(0, count - 1, min(count, MOST_COMPARED)).round().astype(int))
-    pictures = []
-    for number in chosen.tolist():
-        where = f"{source.where}: {source.records[number].key}"
-        picture = decode(source.read(number), where, at_least=(side, side))
-        pictures.append(fit(picture.pixels, side, side))
-    against = Against(bool(subject.held_out), place, len(pictures), source.digest)
-    return against, np.stack(pictures)
 
 
 def make_yardstick(

@@ -237,6 +237,11 @@ class TrainSettings:
     """Steps between checkpoints; one is always written at the end and on interruption."""
     keep_checkpoints: int = 2
     """Newest checkpoints to keep."""
+    early_stop: bool = False
+    """Score each subject at every checkpoint as score.* says: the result is its best state, not the
+    last, and a subject that is over-trained early_stop_patience times in a row ends."""
+    early_stop_patience: int = 3
+    """Scorings in a row at which a subject must be over-trained before it ends."""
     sample_every: int = 0
     """Steps between preview pictures; 0 draws none but those at the end."""
     sample_prompts: tuple[str, ...] = ()
@@ -271,7 +276,7 @@ class FleetSettings:
 
 @dataclass(frozen=True)
 class ScoreSettings:
-    """How `disttrain score` measures what was learned; it changes nothing that trains."""
+    """How `disttrain score` and train.early_stop measure what was learned."""
 
     prompts: tuple[str, ...] = ()
     """Prompts that the subject is drawn with, with {token} and {class_name}; empty:

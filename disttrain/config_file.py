@@ -106,6 +106,12 @@ def _check_numbers(config: RunConfig) -> None:
         _refuse("method.num_vectors", f"{method.num_vectors} is impossible; it must be 1 to 75")
     if optim.lr_warmup_steps > train.max_steps:
         _refuse("optim.lr_warmup_steps", "more than train.max_steps; the rate would never be full")
+    if train.early_stop and train.checkpoint_every >= train.max_steps:
+        _refuse(
+            "train.early_stop",
+            f"chooses among checkpoints, and checkpoint_every ({train.checkpoint_every}) leaves "
+            f"one in {train.max_steps} steps; lower checkpoint_every",
+        )
 
 
 def _lower_bounds(config: RunConfig) -> list[tuple[str, float, float]]:
@@ -129,6 +135,7 @@ def _lower_bounds(config: RunConfig) -> list[tuple[str, float, float]]:
         ("train.gradient_accumulation_steps", train.gradient_accumulation_steps, 1),
         ("train.checkpoint_every", train.checkpoint_every, 1),
         ("train.keep_checkpoints", train.keep_checkpoints, 1),
+        ("train.early_stop_patience", train.early_stop_patience, 1),
         ("train.sample_every", train.sample_every, 0),
         ("train.sample_steps", train.sample_steps, 1),
         ("train.sample_guidance_scale", train.sample_guidance_scale, 1),
@@ -214,6 +221,8 @@ def check_parallel(config: RunConfig) -> None:
         )
     if parallel.force and config.train.sample_prompts:
         _refuse("train.sample_prompts", "no previews while the base is split (parallel.force)")
+    if parallel.force and config.train.early_stop:
+        _refuse("train.early_stop", "draws, which a split base cannot (parallel.force); remove one")
 
 
 def _check_subject(config: RunConfig, subject: SubjectSettings, where: str) -> None:

@@ -54,8 +54,11 @@ def checkpoint_path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def write_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write one checkpoint, then remove all older ones but the `keep` newest.
+def write_checkpoint(
+    folder: Path, step: int, checkpoint: Checkpoint, keep: int, spared: int | None = None
+) -> Path:
+    """Write one checkpoint, then remove all older ones but the `keep` newest and that of the step
+    that is `spared`.
 
     A whole one of the same step and state stays: training is deterministic, and replacing a folder
     has a moment at which neither the old nor the new one is there.
@@ -76,7 +79,8 @@ def write_checkpoint(folder: Path, step: int, checkpoint: Checkpoint, keep: int)
     # Any newer one is a damaged one that was passed over: it must not count as kept.
     upto = [found for found in list_checkpoints(folder) if found <= path]
     for old in upto[:-keep]:
-        remove_folder(old)
+        if spared is None or old != checkpoint_path(folder, spared):
+            remove_folder(old)
     return path
 
 

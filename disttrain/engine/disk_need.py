@@ -41,7 +41,8 @@ def needed_bytes(config: RunConfig, fresh: bool) -> int:
     done = {} if fresh else folder.finished()
     checkpoints, results = 0, 0
     for subject in config.subjects:
-        if done.get(subject.name, 0) < train.max_steps:
+        end = done.get(subject.name)
+        if end is None or not end.holds(train):
             have = 0 if fresh else len(list_checkpoints(folder.checkpoints(subject.name)))
             checkpoints += max(0, kept - have)
             results += 1

@@ -90,6 +90,8 @@ def open_fleet(
     worker = FleetWorker(members, mesh, progress, claims, retry)
     base = worker.base = worker.load_base()
     check_base(config, base, progress)
+    if config.train.early_stop:
+        worker.examiner.check(config)
     for name, member in worker.members.items():
         try:
             METHODS[member.method.name].check(base, member)

@@ -19,6 +19,7 @@ from typing import Any
 
 from disttrain import schema
 from disttrain.config import RunConfig
+from disttrain.engine.ending import End
 from disttrain.engine.run_folder import RunFolder
 from disttrain.engine.settings_keys import settings_key
 from disttrain.errors import ConfigError, DataError
@@ -30,7 +31,8 @@ STOPPED = "stopped"
 
 @dataclass(frozen=True)
 class Status:
-    """How far one subject is. `settings` is the digest of what it is trained with."""
+    """How far one subject is. `settings` is the digest of what it is trained with. Of a
+    finished one `picked` and `overtrained_for` are as in `End`."""
 
     name: str
     status: str = WAITING
@@ -41,9 +43,17 @@ class Status:
     worker: str = ""
     reason: str = ""
     settings: str = ""
+    picked: int = 0
+    overtrained_for: int = 0
+
+    @property
+    def end(self) -> End:
+        """How it ended, if it is finished."""
+        return End(self.steps, self.picked or self.steps, self.overtrained_for)
 
 
-COLUMNS = tuple(field.name for field in dataclasses.fields(Status) if field.name != "settings")
+NOT_SHOWN = ("settings", "picked", "overtrained_for")
+COLUMNS = tuple(field.name for field in dataclasses.fields(Status) if field.name not in NOT_SHOWN)
 
 
 class FleetFolder:
@@ -63,11 +73,11 @@ class FleetFolder:
             return Status(name)
 
     def needs_training(self, member: RunConfig, retry: bool) -> bool:
-        """Whether a subject is short of its steps; one that failed as it is only on `retry`."""
+        """Whether a subject is short of its end; one that failed as it is only on `retry`."""
         status = self.read(member.subjects[0].name)
         if status.status == FAILED and status.settings == settings_key(member):
             return retry
-        return status.status != FINISHED or status.steps < member.train.max_steps
+        return status.status != FINISHED or not status.end.holds(member.train)
 
     def write(self, status: Status) -> None:
         """Record a subject's status."""

@@ -211,6 +211,8 @@ class FleetWorker(Work):
                 worker=self.claims.worker,
                 reason=reason,
                 settings=self.settings[name],
+                picked=slot.end.picked if slot else known.picked,
+                overtrained_for=slot.end.overtrained_for if slot else known.overtrained_for,
             )
         )
 
@@ -232,7 +234,9 @@ class FleetWorker(Work):
     def mark_finished(self, done: Sequence[Slot]) -> None:
         """Record subjects as finished; their results are in place."""
         for slot in done:
-            self._record(slot.name, FINISHED, slot=slot)
+            end = slot.end
+            of = f"result of step {end.picked}" if end.picked != end.steps else ""
+            self._record(slot.name, FINISHED, of, slot)
             self.board.finished(slot.name, slot.step, self.losses.get(slot.name))
 
     def leave_marks(self, pack: Pack) -> None:
@@ -295,7 +299,7 @@ class FleetWorker(Work):
         states += [self.saved_state(slot) for slot in entering]
         assert self.maker is not None
         self.place(pack, slots, states, self.maker.encoder)
-        self.preview_start(pack, entering)
+        self.welcome(pack, entering)
         self.end_those_done(pack)
 
     def save(self, pack: Pack, slots: Sequence[Slot]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from disttrain.config import RunConfig
 from disttrain.engine.checkpoint import SEPARATOR, Checkpoint
 from disttrain.engine.distributed import Mesh
+from disttrain.engine.history import History
 from disttrain.engine.optim import (
     PackedAdamW,
     learning_rate_factor,
@@ -160,6 +161,7 @@ class Pack:
             if i not in outcome.failed:
                 slot.step += not slot.idle
                 slot.cursor += self.samples_per_step
+                slot.history.add_loss(losses[i])
         average = self.placement.average
         if average is not None:
             average.update([slot.step for slot in self.slots])
@@ -187,6 +189,8 @@ class Pack:
         }
         if self.mesh.scaler is not None:
             state["scaler"] = self.mesh.scaler.state_dict()
+        if slot.config.train.early_stop:
+            state["scored"] = slot.history.saved()
         whole = self.placement.gather()
         parts = (whole.trainables, whole.optimizer, whole.average)
         return Checkpoint(state, *(self._slice(tensors, index) for tensors in parts))
@@ -208,8 +212,25 @@ class Pack:
         for slot, state in zip(slots, found, strict=True):
             if state is not None:
                 slot.step, slot.cursor = state.state["step"], state.state["cursor"]
+                if slot.config.train.early_stop:
+                    scored = state.state.get("scored")
+                    slot.history = History.restored(scored, slot.history.yardstick)
                 if self.mesh.scaler is not None and "scaler" in state.state:
                     self.mesh.scaler.load_state_dict(state.state["scaler"])
+
+    def put_back(self, slot: Slot, state: Checkpoint) -> None:
+        """Give a subject the weights it had in a state, to draw and write with; no step of it may
+        follow."""
+        if not self.config.packable:
+            self.placement.restore(state, slot.name)
+            return
+        index = self.slots.index(slot)
+        average = self.placement.average
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter[index : index + 1] = state.trainables[name]
+                if average is not None:
+                    average.values[name][index : index + 1] = state.average[name]
 
     def _stack(self, found: Sequence[Checkpoint | None]) -> None:
         """Put the tensors of the slots together along the subject axis."""

@@ -16,7 +16,9 @@ from disttrain.data.buckets import Size, assign, bucket_sizes
 from disttrain.data.order import LARGE_SET, Order, SampleOrder
 from disttrain.data.source import Source, allowance, open_source, source_options
 from disttrain.engine.class_images import given_class_images
+from disttrain.engine.compared_pictures import compared_pictures
 from disttrain.engine.progress import Progress, join_names
+from disttrain.engine.score_prompts import score_prompts
 from disttrain.prompts import PromptPlan, prompt_plan, words_of_stem
 
 LOOKED_AT = 1000  # records; a set of millions is not read to say that its captions are not used
@@ -74,6 +76,7 @@ def open_subject(config: RunConfig, progress: Progress) -> SubjectData:
 
     Raises:
         DataError: a picture, caption or template is missing or unusable.
+        ConfigError: it is to be scored and there is no prompt for that.
     """
     (subject,) = config.subjects
     source = open_source(subject.images, source_options(config))
@@ -81,6 +84,8 @@ def open_subject(config: RunConfig, progress: Progress) -> SubjectData:
     given = given_class_images(config, subject)
     sizes, buckets = _buckets(config, source)
     data = SubjectData(config, subject, source, given, plan, sizes, buckets)
+    if config.train.early_stop:
+        _check_scoring(config, progress)
     if source.ignored:
         progress.warn(f"{subject.images}: not pictures, left out: {join_names(source.ignored)}")
     for line in source.damaged:
@@ -93,6 +98,17 @@ def open_subject(config: RunConfig, progress: Progress) -> SubjectData:
         )
     _say_how_epochs_end(data, progress)
     return data
+
+
+def _check_scoring(config: RunConfig, progress: Progress) -> None:
+    (subject,) = config.subjects
+    score_prompts(config, subject)
+    compared_pictures(config)
+    if not subject.held_out:
+        progress.warn(
+            f"subject {subject.name}: train.early_stop without held_out compares with the training "
+            "pictures, which rewards copying them"
+        )
 
 
 def allowed_damage(config: RunConfig, source: Source) -> int:

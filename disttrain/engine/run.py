@@ -13,6 +13,7 @@ from disttrain import schema
 from disttrain.config import RunConfig
 from disttrain.engine.batch_size import settle_batch
 from disttrain.engine.distributed import Mesh
+from disttrain.engine.ending import End
 from disttrain.engine.metrics import MetricsLog, StepRecord, tracker_values
 from disttrain.engine.optim import describe_learning_rate
 from disttrain.engine.pack import Pack
@@ -49,6 +50,8 @@ class Run(Work):
         """Find everything that is wrong with the base model or a subject's files."""
         self.base = self.load_base()
         check_base(self.config, self.base, self.progress)
+        if self.config.train.early_stop:
+            self.examiner.check(self.config)
         waiting = {name for names in self.queue for name in names}
         for subject in self.config.subjects:
             if subject.name in waiting:
@@ -64,19 +67,20 @@ class Run(Work):
         assert pack is not None
         if self.mesh.is_main:
             steps = {slot.name: slot.step for slot in pack.slots}
-            self.metrics.cut({**self.done, **steps})
+            ended = {name: end.steps for name, end in self.done.items()}
+            self.metrics.cut({**ended, **steps})
         return pack
 
     def mark_finished(self, done: Sequence[Slot]) -> None:
         """Record subjects as finished in progress.json."""
-        self.folder.mark_finished({slot.name: slot.step for slot in done})
+        self.folder.mark_finished({slot.name: slot.end for slot in done})
 
     def after_end(self, pack: Pack, done: Sequence[Slot]) -> None:
         """Finished subjects idle until the others are: with several processes tensors keep their
         shape."""
         for slot in done:
             slot.idle = True
-        self.done.update({slot.name: slot.step for slot in done})
+        self.done.update({slot.name: slot.end for slot in done})
 
     def end_those_failed(self, pack: Pack, failed: Sequence[int]) -> None:
         """The run ends, as one cause may be in all.
@@ -111,10 +115,11 @@ class Run(Work):
 
     def report(self) -> None:
         """Say where the results lie."""
-        for name in self.done:
+        for name, end in self.done.items():
             folder = self.folder.subject(name)
             result = folder / (f"{name}.safetensors" if self.config.packable else "model")
-            self.progress.say(f"result      {result}")
+            of = f" (state of step {end.picked} of {end.steps})" if end.picked != end.steps else ""
+            self.progress.say(f"result      {result}{of}")
             self.progress.say(f"loss curve  {folder / 'loss.svg'}")
             if (folder / "samples").is_dir():
                 self.progress.say(f"previews    {folder / 'samples'}")
@@ -136,12 +141,20 @@ def check_base(config: RunConfig, base: BaseModel, progress: Progress) -> None:
         )
 
 
-def packs_to_train(config: RunConfig, done: dict[str, int]) -> list[list[str]]:
+def packs_to_train(config: RunConfig, done: dict[str, End]) -> list[list[str]]:
     """Names of the subjects still to train, by pack: all together, or one after another."""
-    short = [s.name for s in config.subjects if done.get(s.name, 0) < config.train.max_steps]
+    ended = {name for name, end in done.items() if end.holds(config.train)}
+    short = [s.name for s in config.subjects if s.name not in ended]
     if config.together:
         return [short] if short else []
     return [[name] for name in short]
+
+
+def keys_to_raise(config: RunConfig, done: dict[str, End]) -> str:
+    """The settings that keep finished subjects from going on."""
+    early = [end.steps < config.train.max_steps for end in done.values()]
+    keys = ["train.early_stop_patience"] * any(early) + ["train.max_steps"] * (not all(early))
+    return " or ".join(keys)
 
 
 @contextmanager
@@ -158,8 +171,9 @@ def open_run(config: RunConfig, mesh: Mesh, progress: Progress, fresh: bool) -> 
     run = Run(config, mesh, progress)
     if not run.queue:
         progress.say(
-            f"{config.folder} is finished at step {max(run.done.values())}; raise train.max_steps "
-            "to go on, or use --fresh to start over in a new folder"
+            f"{config.folder} is finished at step {max(end.steps for end in run.done.values())}; "
+            f"raise {keys_to_raise(config, run.done)} to go on, or use --fresh to start over in a "
+            "new folder"
         )
         yield run
         return

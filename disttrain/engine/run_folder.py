@@ -20,6 +20,7 @@ import yaml
 
 from disttrain import __version__, schema
 from disttrain.config import RunConfig
+from disttrain.engine.ending import End
 from disttrain.errors import ConfigError, DataError
 from disttrain.files import read_json, write_json, write_text
 
@@ -38,6 +39,7 @@ MAY_CHANGE = (
     "train.max_steps",
     "train.checkpoint_every",
     "train.keep_checkpoints",
+    "train.early_stop",
     "train.sample_",
     "train.trackers",
     "score.",
@@ -88,8 +90,8 @@ class RunFolder:
         """Checkpoint folders of one subject."""
         return self.subject(name) / "checkpoints"
 
-    def finished(self) -> dict[str, int]:
-        """Steps of each finished subject.
+    def finished(self) -> dict[str, End]:
+        """How each finished subject ended.
 
         Raises:
             DataError: progress.json is damaged.
@@ -97,14 +99,25 @@ class RunFolder:
         if not self.progress.is_file():
             return {}
         value = read_json(self.progress)
-        steps = value.get("finished") if isinstance(value, dict) else None
-        if not isinstance(steps, dict) or not all(isinstance(n, int) for n in steps.values()):
-            raise DataError(f"{self.progress}: not a progress file; use --fresh")
-        return steps
+        try:
+            scored = value.get("scored", {})
+            return {
+                name: End(int(steps), **{"picked": int(steps), **scored.get(name, {})})
+                for name, steps in value["finished"].items()
+            }
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise DataError(f"{self.progress}: not a progress file; use --fresh") from error
 
-    def mark_finished(self, steps: dict[str, int]) -> None:
-        """Record subjects as finished at so many steps; their results are in place."""
-        write_json(self.progress, {"finished": {**self.finished(), **steps}})
+    def mark_finished(self, ends: dict[str, End]) -> None:
+        """Record how subjects ended; their results are in place."""
+        every = {**self.finished(), **ends}
+        scored = {
+            name: {"picked": end.picked, "overtrained_for": end.overtrained_for}
+            for name, end in every.items()
+            if end.overtrained_for or end.picked != end.steps
+        }
+        steps = {name: end.steps for name, end in every.items()}
+        write_json(self.progress, {"finished": steps, **({"scored": scored} if scored else {})})
 
 
 def fresh_name(config: RunConfig) -> RunConfig:

@@ -45,11 +45,16 @@ def pack_key(member: RunConfig) -> str:
     return digest_of({k: v for k, v in flat.items() if not k.startswith(PER_SUBJECT)})
 
 
+DECIDES_THE_END = ("train.early_stop", "train.checkpoint_every", "score.", SCORED_AGAINST)
+"""Settings that a result depends on where scores choose it."""
+
+
 def settings_key(member: RunConfig) -> str:
     """Digest of what a subject's result depends on."""
     flat = schema.flatten(schema.to_mapping(member))
     other = (*MAY_CHANGE, SCORED_AGAINST)
-    kept = {k: v for k, v in flat.items() if not k.startswith(other) or k == "train.max_steps"}
+    counts = ("train.max_steps", *(DECIDES_THE_END if member.train.early_stop else ()))
+    kept = {k: v for k, v in flat.items() if not k.startswith(other) or k.startswith(counts)}
     return digest_of(kept)
 
 

@@ -5,9 +5,11 @@ What a pack is made of. Invariant: nothing here is about the other subjects of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from disttrain.config import RunConfig, SubjectSettings
+from disttrain.engine.ending import End, at_end
+from disttrain.engine.history import History
 from disttrain.methods.batch import SubjectStreams
 
 
@@ -16,8 +18,9 @@ class Slot:
     """One subject's place in a pack.
 
     `config` holds this subject alone, with its own steps and learning rate. `source` is the digest
-    of what it is taught from. `cursor` counts the pictures it has seen. An `idle` subject has
-    reached its steps and waits for the others.
+    of what it is taught from. `cursor` counts the pictures it has seen. An `idle` subject is at
+    its end and waits for the others. `history` holds its scores where `train.early_stop` asks for
+    them; `picked` is the step whose state its result is of, once there is one.
     """
 
     config: RunConfig
@@ -26,6 +29,8 @@ class Slot:
     step: int = 0
     cursor: int = 0
     idle: bool = False
+    history: History = field(default_factory=History)
+    picked: int | None = None
 
     @property
     def subject(self) -> SubjectSettings:
@@ -39,8 +44,21 @@ class Slot:
 
     @property
     def done(self) -> bool:
-        """Whether it has taken all its steps."""
-        return self.step >= self.config.train.max_steps
+        """Whether it is at its end."""
+        return at_end(self.config.train, self.step, self.history.overtrained_for)
+
+    @property
+    def unscored(self) -> bool:
+        """Whether its state is one of those to score, and was not scored yet."""
+        train = self.config.train
+        due = self.step % train.checkpoint_every == 0 or self.step >= train.max_steps
+        return train.early_stop and self.step > 0 and due and not self.history.has(self.step)
+
+    @property
+    def end(self) -> End:
+        """What to remember of it once its result is in place."""
+        picked = self.step if self.picked is None else self.picked
+        return End(self.step, picked, self.history.overtrained_for)
 
 
 def alone(config: RunConfig, subject: SubjectSettings) -> RunConfig:

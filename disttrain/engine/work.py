@@ -8,18 +8,22 @@ at any moment goes on from its newest checkpoint and ends with the result of one
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from disttrain.config import RunConfig
 from disttrain.engine.checkpoint import (
     Checkpoint,
+    checkpoint_path,
     newest_checkpoint,
+    read_checkpoint,
     read_when_visible,
     write_checkpoint,
 )
 from disttrain.engine.distributed import Mesh
+from disttrain.engine.examiner import Examiner
+from disttrain.engine.history import History
 from disttrain.engine.metrics import StepRecord
 from disttrain.engine.pack import Pack, refuse_other
 from disttrain.engine.pictures import SubjectData
@@ -32,6 +36,9 @@ from disttrain.engine.text_cache import cache_prompts
 from disttrain.errors import CheckpointError
 from disttrain.methods.batch import Batcher, make_loader
 from disttrain.models.base import BaseModel, configured_base
+
+Found = tuple[Path, Checkpoint, list[str]]
+"""A checkpoint, and a line for each damaged one that was passed over."""
 
 
 class Bar(Protocol):
@@ -60,6 +67,7 @@ class Work(ABC):
         """Freshly loaded; the next pack takes it."""
         self.bar: Bar = progress
         """Where a pack's steps are shown."""
+        self.examiner = Examiner(mesh)
 
     def load_base(self) -> BaseModel:
         """The configured base model, as it is before a method changes it."""
@@ -85,14 +93,16 @@ class Work(ABC):
         pack = Pack(self.config, self.mesh, base, slots)
         cache_prompts(self.config, self.mesh, data, pack.contexts, self.progress)
         self.place(pack, slots, [self.saved_state(slot) for slot in slots], maker.encoder)
-        self.preview_start(pack, slots)
+        self.welcome(pack, slots)
         return pack
 
-    def preview_start(self, pack: Pack, slots: Sequence[Slot]) -> None:
-        """Previews of those that have not begun, to compare with."""
+    def welcome(self, pack: Pack, slots: Sequence[Slot]) -> None:
+        """What is due when these slots have entered a pack: previews of those that have not begun,
+        to compare with, and scores of those that were saved before they were scored."""
         fresh = [slot for slot in slots if slot.step == 0]
         if fresh and self.config.train.sample_every:
             self.preview(pack, fresh)
+        self.score(pack)
 
     def subjects_in_memory(self, count: int) -> int:
         """How many subjects' latents a pack that begins with `count` may come to hold."""
@@ -101,10 +111,14 @@ class Work(ABC):
     def make_slots(self, maker: StreamMaker, data: Sequence[SubjectData]) -> list[Slot]:
         """Slots of subjects with their data, at their start."""
         streams, sources = maker.make(data)
-        return [
+        slots = [
             Slot(one.config, stream, sources[one.settings.name])
             for one, stream in zip(data, streams, strict=True)
         ]
+        for slot in slots:
+            if slot.config.train.early_stop:
+                slot.history = History(self.examiner.know(slot.config))
+        return slots
 
     def place(
         self,
@@ -115,6 +129,8 @@ class Work(ABC):
     ) -> None:
         """Fill a pack with these slots in these states, and connect their data."""
         config, mesh = self.config, self.mesh
+        if config.train.early_stop:  # before arranging, which may put a trained model in place
+            self.examiner.admit(pack, slots)
         pack.arrange(slots, states)
         streams = [slot.streams for slot in slots]
         on_gpu = mesh.device.type == "cuda"
@@ -138,20 +154,10 @@ class Work(ABC):
                 settings.
         """
         folder = self.folder.checkpoints(slot.name)
-        read: list[Checkpoint] = []
-
-        def choose() -> tuple[Path, list[str]] | None:
-            found = newest_checkpoint(folder)
-            if found is not None:
-                read.append(found[1])
-            return None if found is None else (found[0], found[2])
-
-        # One rank chooses: on shared file systems the others may see an older folder for a while.
-        chosen = self.mesh.on_rank_zero(choose)
-        if chosen is None:
+        found = self._read_alike(lambda: newest_checkpoint(folder))
+        if found is None:
             return None
-        path, damaged = chosen
-        checkpoint = self.mesh.alike(lambda: read[0] if read else read_when_visible(path))
+        path, checkpoint, damaged = found
         for line in damaged:
             self.progress.warn(f"passed over {line}")
         if checkpoint.state["subject"] != slot.name:
@@ -159,7 +165,31 @@ class Work(ABC):
         refuse_other(slot, checkpoint, self.advice_to_start_over(slot))
         step = checkpoint.state["step"]
         self.progress.say(f"{slot.name}: going on from step {step} ({path})")
+        scored = checkpoint.state.get("scored", {})
+        if slot.config.train.early_stop and scored.get("yardstick") != slot.history.yardstick:
+            self.progress.warn(
+                f"{slot.name}: earlier states were not scored, or by other pictures or score.*, "
+                "and will not be chosen"
+            )
         return checkpoint
+
+    def _read_alike(self, choose: Callable[[], Found | None]) -> Found | None:
+        """What rank zero finds, on every rank. One rank chooses: on shared file systems the others
+        may see an older folder for a while."""
+        read: list[Checkpoint] = []
+
+        def on_rank_zero() -> tuple[Path, list[str]] | None:
+            found = choose()
+            if found is None:
+                return None
+            read.append(found[1])
+            return found[0], found[2]
+
+        chosen = self.mesh.on_rank_zero(on_rank_zero)
+        if chosen is None:
+            return None
+        path, damaged = chosen
+        return path, self.mesh.alike(lambda: read[0] if read else read_when_visible(path)), damaged
 
     def save(self, pack: Pack, slots: Sequence[Slot]) -> None:
         """Write checkpoints of some slots; every rank calls it, rank zero writes."""
@@ -169,7 +199,8 @@ class Work(ABC):
 
         def write() -> None:
             for _, slot, state in states:
-                write_checkpoint(self.folder.checkpoints(slot.name), slot.step, state, keep)
+                folder = self.folder.checkpoints(slot.name)
+                write_checkpoint(folder, slot.step, state, keep, spared=slot.history.kept)
                 self.write_curve(slot.name)
 
         def export() -> None:
@@ -188,9 +219,21 @@ class Work(ABC):
         with pack.whole():
             self.mesh.on_rank_zero(lambda: draw_previews(pack, slots, self.config, self.folder))
 
+    def score(self, pack: Pack) -> None:
+        """Score the states that are due and were not; every rank calls it and hears the same."""
+        due = [slot for slot in pack.active if slot.unscored]
+        if not due:
+            return
+        for slot, scores in zip(due, self.examiner.examine(pack, due), strict=True):
+            slot.history.add(slot.step, scores, held_out=bool(slot.subject.held_out))
+            if self.progress.details:
+                self.progress.say(f"{slot.name}: {slot.history.newest()}")
+
     def leave_marks(self, pack: Pack) -> None:
-        """Checkpoints and previews that are due after an update, but for those at their end."""
+        """Scores, checkpoints and previews that are due after an update. Those at their end are
+        saved there."""
         train = self.config.train
+        self.score(pack)
         going_on = [slot for slot in pack.active if not slot.done]
         due = [slot for slot in going_on if slot.step % train.checkpoint_every == 0]
         if due:
@@ -200,7 +243,7 @@ class Work(ABC):
             self.preview(pack, shown)
 
     def end_those_done(self, pack: Pack) -> None:
-        """Results of the subjects that have taken all their steps; they leave, or wait."""
+        """Results of the subjects that are at their end; they leave, or wait."""
         done = [slot for slot in pack.active if slot.done]
         if not done:
             return
@@ -209,17 +252,41 @@ class Work(ABC):
         unseen = [s for s in done if not (train.sample_every and s.step % train.sample_every == 0)]
         if train.sample_prompts and unseen:
             self.preview(pack, unseen)
+        for slot in done:
+            if slot.config.train.early_stop:
+                self._put_back(pack, slot)
 
         def write() -> None:
             for i, slot in enumerate(pack.slots):
                 if slot in done:
                     folder = self.folder.subject(slot.name)
-                    pack.method.export(i, folder, slot.name, slot.step)
+                    pack.method.export(i, folder, slot.name, slot.end.picked)
             self.mark_finished(done)
 
         with pack.whole():
             self.mesh.on_rank_zero(write)
         self.after_end(pack, done)
+
+    def _put_back(self, pack: Pack, slot: Slot) -> None:
+        """Give a subject at its end the weights of its best state, which become its result."""
+        history = slot.history
+        kept = slot.step if history.kept is None else history.kept
+        if kept != slot.step:
+            path = checkpoint_path(self.folder.checkpoints(slot.name), kept)
+
+            def choose() -> Found | None:
+                try:
+                    return path, read_checkpoint(path), []
+                except CheckpointError as error:
+                    self.progress.warn(f"{error}; the result of {slot.name} is its last state")
+                    return None
+
+            found = self._read_alike(choose)
+            if found is None:
+                return
+            pack.put_back(slot, found[1])
+        slot.picked = kept
+        self.progress.say(f"{slot.name}: {history.summary(slot.step)}")
 
     @abstractmethod
     def end_those_failed(self, pack: Pack, failed: Sequence[int]) -> None:

@@ -7,6 +7,7 @@ results. Invariant: after `__init__` exactly the tensors in `parameters()` requi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -25,6 +26,15 @@ class ParameterGroup:
 
     name: str
     parameters: dict[str, nn.Parameter]
+
+
+@dataclass(frozen=True)
+class NewWord:
+    """The `vectors` `[N, width]` that a subject's word stands for, and the base's `vocabulary`
+    `[V, width]`."""
+
+    vectors: Tensor
+    vocabulary: Tensor
 
 
 class Method(Protocol):
@@ -65,6 +75,16 @@ class Method(Protocol):
 
     def new_word(self, slot: int) -> str:
         """The word that stands for new token ids in this subject's prompts, or nothing."""
+        ...
+
+    def new_vectors(self, slot: int) -> NewWord | None:
+        """What is all that a subject changes: a new word. None where other prompts may come to
+        draw something else too."""
+        ...
+
+    def untouched(self) -> AbstractContextManager[None]:
+        """Inside, prompts without a new word draw what the base draws. Of a model that changes as
+        a whole: until its first step."""
         ...
 
     def export(self, slot: int, folder: Path, stem: str, step: int) -> Path:

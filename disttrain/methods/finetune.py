@@ -7,12 +7,13 @@ model.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 from torch import Tensor
 
 from disttrain.config import DreamboothSettings, FinetuneSettings, RunConfig
-from disttrain.methods.base import ParameterGroup
+from disttrain.methods.base import NewWord, ParameterGroup
 from disttrain.models.base import BaseModel
 from disttrain.models.text import PromptTokenizer
 
@@ -58,6 +59,14 @@ class Finetune:
     def new_word(self, slot: int) -> str:
         """None: captions are made of words the vocabulary holds."""
         return ""
+
+    def new_vectors(self, slot: int) -> NewWord | None:
+        """None: everything changes."""
+        return None
+
+    def untouched(self) -> AbstractContextManager[None]:
+        """Until the first step it is."""
+        return nullcontext()
 
     def export(self, slot: int, folder: Path, stem: str, step: int) -> Path:
         """Write `model/`: a diffusers folder with every part of the model."""

@@ -7,7 +7,8 @@ the same in any pack.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from disttrain import randomness
 from disttrain.config import LoraSettings, RunConfig
 from disttrain.errors import ConfigError
 from disttrain.formats.lora import LoRALayer, write_lora
-from disttrain.methods.base import ParameterGroup
+from disttrain.methods.base import NewWord, ParameterGroup
 from disttrain.models.base import BaseModel
 from disttrain.models.packed import PackedLoRALinear, linear_layers, replace_layer
 from disttrain.models.text import PromptTokenizer
@@ -105,6 +106,22 @@ class Lora:
     def new_word(self, slot: int) -> str:
         """None: the subject is called by a word the vocabulary holds."""
         return ""
+
+    def new_vectors(self, slot: int) -> NewWord | None:
+        """None: layers change."""
+        return None
+
+    @contextmanager
+    def untouched(self) -> Iterator[None]:
+        """The changes count nothing."""
+        scales = {name: layer.scale for name, layer in self.layers.items()}
+        try:
+            for layer in self.layers.values():
+                layer.scale = 0.0
+            yield
+        finally:
+            for name, layer in self.layers.items():
+                layer.scale = scales[name]
 
     def export(self, slot: int, folder: Path, stem: str, step: int) -> Path:
         """Write `STEM.safetensors` under the names that diffusers, the web UI and ComfyUI read."""

@@ -7,6 +7,7 @@ frozen, so its rows stay bit-identical and no state or traffic grows with its si
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from disttrain.config import RunConfig, TextualInversionSettings
 from disttrain.errors import ConfigError
 from disttrain.formats.embedding import write_embedding
-from disttrain.methods.base import ParameterGroup
+from disttrain.methods.base import NewWord, ParameterGroup
 from disttrain.models.base import BaseModel
 from disttrain.models.packed import PackedTokenEmbedding
 from disttrain.models.text import PromptTokenizer, vocabulary_of
@@ -73,6 +74,14 @@ class TextualInversion:
     def new_word(self, slot: int) -> str:
         """The subject's token."""
         return self.members[slot].subjects[0].token
+
+    def new_vectors(self, slot: int) -> NewWord | None:
+        """The subject's vectors."""
+        return NewWord(self.embedding.rows[slot].detach(), self.vocabulary.weight)
+
+    def untouched(self) -> AbstractContextManager[None]:
+        """It always is."""
+        return nullcontext()
 
     def export(self, slot: int, folder: Path, stem: str, step: int) -> Path:
         """Write `STEM.safetensors`: the vectors under the token's name."""

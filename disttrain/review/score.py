@@ -182,7 +182,7 @@ def score_subject(run: Path, member: RunConfig, bench: Bench) -> SubjectScores:
     """
     (subject,) = member.subjects
     folder = RunFolder(run).subject(subject.name)
-    states = saved_states(member, folder, _finished_at(run, subject.name))
+    states = saved_states(member, folder, _result_step(run, subject.name))
     against, pictures = compared_pictures(member)
     base, tuned = bench.bases(member)
     settings = draw_settings(member, base)
@@ -262,13 +262,13 @@ def make_yardstick(
     )
 
 
-def _finished_at(run: Path, name: str) -> int | None:
-    """Steps of a subject that is at its end, in a run or a fleet; None if it is not."""
-    steps = RunFolder(run).finished().get(name)
-    if steps is None:
+def _result_step(run: Path, name: str) -> int | None:
+    """The step whose state is the result of a subject, in a run or a fleet; None without one."""
+    end = RunFolder(run).finished().get(name)
+    if end is None:
         status = FleetFolder(run).read(name)
-        steps = status.steps if status.status == FINISHED else None
-    return steps
+        end = status.end if status.status == FINISHED else None
+    return None if end is None else end.picked
 
 
 def _losses(run: Path, name: str) -> list[tuple[int, float]]:

@@ -38,7 +38,8 @@ def saved_states(config: RunConfig, folder: Path, finished: int | None) -> list[
 
     Args:
         folder: the subject's, `subjects/NAME`.
-        finished: steps of a model that was trained whole and is at its end, else None.
+        finished: the step that the result of a model that was trained whole is of; None without
+            one.
 
     Raises:
         ModelError: there is none, or a result that cannot be read.

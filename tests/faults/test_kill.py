@@ -20,6 +20,7 @@ from conftest import (
     small_config,
     write_config,
 )
+from early_stop import early_config
 
 from disttrain.files import sha256_file
 
@@ -84,6 +85,29 @@ def test_sigkill_between_checkpoints_changes_nothing(method: str, tmp_path: Path
     steps = [json.loads(row)["step"] for row in (run / "metrics.jsonl").read_text().splitlines()]
     assert steps == list(range(1, STEPS + 1))
     assert not list(tmp_path.rglob(".*.tmp"))
+
+
+def test_sigkill_does_not_change_which_state_is_the_result(tmp_path: Path) -> None:
+    """Scored for real; where it ends is up to the scores."""
+
+    def config(folder: Path) -> Path:
+        tree = early_config("lora", folder, max_steps=STEPS, checkpoint_every=5)
+        return write_config(tree, folder / "config.yaml")
+
+    whole = disttrain("train", config(tmp_path / "whole"))
+    assert whole.returncode == 0, whole.stderr
+    run = tmp_path / "killed/lora"
+    process = start(config(tmp_path / "killed"))
+    signal_at_step(process, run, 8, signal.SIGKILL)
+    process.communicate()
+    assert not (run / "progress.json").exists(), "the kill came too late to prove anything"
+    resumed = disttrain("train", tmp_path / "killed/config.yaml")
+    assert resumed.returncode == 0, resumed.stderr
+    assert "going on from step" in resumed.stdout
+    other = tmp_path / "whole/lora"
+    wanted = [other / "progress.json", *(other / "subjects").rglob("*.safetensors")]
+    for path in [*wanted, *(other / "subjects").rglob("state.json")]:
+        assert sha256_file(run / path.relative_to(other)) == sha256_file(path), path
 
 
 def data_config(folder: Path) -> Path:

@@ -409,3 +409,34 @@ def test_scores_in_training_are_those_of_the_command(method: str, tmp_path: Path
     for subject in tree["subjects"]:
         left, right = (weights_of(one, 4, subject["name"]) for one in (run, plain))
         assert all(torch.equal(left[name], right[name]) for name in right), "scoring changed it"
+
+
+def test_a_newcomer_to_a_pack_is_compared_with_the_untouched_base(tmp_path: Path) -> None:
+    """Its slot's neighbour has learned by then; what the base draws must not show that."""
+    import yaml
+
+    steps = {"s0": 2, "s1": 6, "s2": 4}
+    rows = [
+        {**PENGUIN, "name": name, "class_name": "penguin", "train.max_steps": count}
+        for name, count in steps.items()
+    ]
+    for row in rows:
+        row["held_out"] = "examples/held_out/penguin"
+    (tmp_path / "rows.yaml").write_text(yaml.safe_dump(rows))
+    tree = early_config("lora", tmp_path, checkpoint_every=1, early_stop_patience=99)
+    tree["optim"]["learning_rate"] = 0.1
+    tree["score"]["steps"] = 8
+    tree["fleet"] = {"pack_size": 2}
+    members = read_manifest(tmp_path / "rows.yaml", tree)
+    try:
+        assert train_fleet(members) == 0
+    finally:
+        forget_accelerate()
+    run = members[0].folder
+    theirs = score_subject(run, members[2], Bench(members[2], ScoreRequest())).readings
+    expected = {reading.step: reading.scores.drift for reading in theirs}
+    ours = {r["step"]: r["scores"]["drift"] for r in scored(run, "s2")["readings"]}
+    assert list(ours) == [1, 2, 3, 4]
+    assert expected[4] > 0.02
+    for step, drift in expected.items():
+        assert ours[step] == pytest.approx(drift, abs=3e-3)

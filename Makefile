@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 BIN := .venv/bin
 SOURCES := disttrain tests examples docs benchmarks
 # A file's tests stay in one process, because they share what they made.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
 .PHONY: install demo test test-all tiny-base tiny-base-check benchmark-data benchmark-pack benchmark-placement drill-fleet cluster-test check format clean
 

@@ -129,7 +129,15 @@ def test_progress_tells_which_state_a_result_is_of(tmp_path: Path) -> None:
     assert folder.finished() == {"owl": End(9, 9), "fox": End(8, 4, 2)}
     folder.mark_finished({"fox": End(9, 9)})
     assert json.loads(folder.progress.read_text()) == {"finished": {"owl": 9, "fox": 9}}
-    for damage in ({"finished": 3}, [], {"finished": {"a": 1}, "scored": {"a": {"what": 2}}}):
+    damaged = (
+        {"finished": 3},
+        [],
+        {"finished": {"a": "1"}},
+        {"finished": {"a": 1.5}},
+        {"finished": {"a": 1}, "scored": {"a": {"what": 2}}},
+        {"finished": {"a": 1}, "scored": {"a": {"picked": "1"}}},
+    )
+    for damage in damaged:
         write_json(folder.progress, damage)
         with pytest.raises(DataError, match="not a progress file"):
             folder.finished()
@@ -383,7 +391,8 @@ def test_in_a_fleet_the_next_subject_takes_the_slot(
 def test_scores_in_training_are_those_of_the_command(method: str, tmp_path: Path) -> None:
     """What a pack of two draws of each, and of the base, against saved states put into a base."""
     tree = early_config(method, tmp_path, max_steps=4, early_stop_patience=9, keep_checkpoints=9)
-    tree["optim"]["learning_rate"] *= 10
+    tree["optim"]["learning_rate"] *= 100
+    tree["score"]["steps"] = 8
     if method != "dreambooth":
         token = "<olis>" if method == "textual_inversion" else "olis"
         tree["subjects"].append({**tree["subjects"][0], **PENGUIN, "token": token})
@@ -403,7 +412,7 @@ def test_scores_in_training_are_those_of_the_command(method: str, tmp_path: Path
                     known = None if value is None else pytest.approx(value, abs=3e-3)
                     assert reading["scores"][key] == known, f"{name} {reading['step']} {key}"
         assert len(by_step) == 2
-        assert (ours[-1]["scores"]["drift"] > 5e-4) == (method != "textual_inversion")
+        assert (ours[-1]["scores"]["drift"] > 0.02) == (method != "textual_inversion")
     tree["train"]["early_stop"] = False
     plain = train_here({**tree, "name": "plain"})
     for subject in tree["subjects"]:

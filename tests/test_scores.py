@@ -95,7 +95,7 @@ def yardstick(**other: Any) -> Yardstick:
     prompts = ScorePrompts(("my sks fox",), ("my fox",), ("my fox",), ("a boat",))
     encoder = NumberEncoder()
     untouched = encoder.encode(np.array([[[[30] * 3]], [[[31] * 3]]], np.uint8))
-    wanted = Compared(encoder, unit((1, 0)))  # type: ignore[arg-type]
+    wanted = Compared(encoder, unit((1, 0)))
     return Yardstick(prompts, 2, 0, wanted, untouched, **other)
 
 
@@ -105,7 +105,7 @@ def cosine(degrees: float) -> float:
 
 def test_measure_puts_the_numbers_together() -> None:
     hand = Hand({"my sks fox": 10, "a boat": 40})
-    found = measure(yardstick(), hand)  # type: ignore[arg-type]
+    found = measure(yardstick(), hand)
     assert hand.asked == [("my sks fox", 0), ("my sks fox", 1), ("a boat", 0), ("a boat", 1)]
     assert found.subject == pytest.approx((cosine(10) + cosine(11)) / 2, abs=1e-5)
     assert found.diversity == pytest.approx(1 - cosine(1), abs=1e-5)
@@ -115,7 +115,7 @@ def test_measure_puts_the_numbers_together() -> None:
 
 def test_the_base_draws_without_the_token_and_without_drift() -> None:
     hand = Hand({"my fox": 20})
-    found = measure(yardstick(), hand, plain=True, sanity=False)  # type: ignore[arg-type]
+    found = measure(yardstick(), hand, plain=True, sanity=False)
     assert hand.asked == [("my fox", 0), ("my fox", 1)]
     assert found.drift == 0.0
 
@@ -125,7 +125,7 @@ def test_strength_is_told_beside_the_vocabularys() -> None:
     vectors, vocabulary = torch.full((2, 3), -0.4), torch.full((9, 3), 0.1)
     found = measure(
         yardstick(),
-        hand,  # type: ignore[arg-type]
+        hand,
         sanity=False,
         vectors=vectors,
         vocabulary=vocabulary,
@@ -136,8 +136,8 @@ def test_strength_is_told_beside_the_vocabularys() -> None:
 
 def test_other_encoders_are_reported_beside_with_their_text_side() -> None:
     hand = Hand({"my sks fox": 10, "a boat": 40})
-    other = Compared(NumberEncoder(), unit((0, 1)))  # type: ignore[arg-type]
-    found = measure(yardstick(others=(other,)), hand)  # type: ignore[arg-type]
+    other = Compared(NumberEncoder(), unit((0, 1)))
+    found = measure(yardstick(others=(other,)), hand)
     assert found.others.keys() == {"Numbers", "Texts"}
     assert found.others["Numbers"] == pytest.approx((cosine(80) + cosine(79)) / 2, abs=1e-5)
     assert found.others["Texts"] == pytest.approx((cosine(10) + cosine(11)) / 2, abs=1e-5)
@@ -165,7 +165,7 @@ def test_the_judges_gain_is_the_relative_drop_of_the_denoising_error(base: BaseM
         noise = torch.from_numpy(randomness.normal((4, 8, 8), 0, ("prompt judge", "noise"), draw))[
             None
         ]
-        noisy = base.scheduler.add_noise(latent[None], noise, timestep)  # type: ignore[arg-type]
+        noisy = base.scheduler.add_noise(latent[None], noise, timestep)
         with torch.no_grad():
             context = encode_ids(base.text_encoder, tokenizer.ids(text)[None])
             predicted = base.unet(noisy, timestep, context).sample
@@ -185,7 +185,7 @@ def test_no_prompt_is_no_help_and_pictures_are_judged_alone(base: BaseModel) -> 
     assert both[0] != pytest.approx(both[1], abs=1e-6)
 
 
-def test_the_judge_prefers_the_prompt_that_fits() -> None:
+def test_the_judge_prefers_the_prompt_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A base that was taught that `fox` means one latent finds it in that one and in no other."""
     base = load_base("tiny")
     first, second = latents(2)
@@ -199,7 +199,7 @@ def test_the_judge_prefers_the_prompt_that_fits() -> None:
         return ((noisy - share.sqrt() * told) / (1 - share).sqrt(),)
 
     assert not torch.equal(fox, plain)
-    base.unet.forward = forward  # type: ignore[method-assign]
+    monkeypatch.setattr(base.unet, "forward", forward)
     right, wrong = judge.gains(torch.stack([first, second]), ["a fox", "a fox"])
     assert right > 0.99
     assert wrong < 0

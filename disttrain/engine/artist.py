@@ -22,6 +22,14 @@ from disttrain.models.text import PromptTokenizer, encode_ids
 
 DRAWN_TOGETHER = 4
 
+Ask = tuple[str, int]
+"""A prompt and a seed."""
+
+
+def each_with_each(prompts: Sequence[str], pictures: int, seed: int) -> list[Ask]:
+    """`pictures` of each prompt, prompt by prompt; each prompt has the seeds from `seed` on."""
+    return [(prompt, seed + number) for prompt in prompts for number in range(pictures)]
+
 
 @dataclass(frozen=True)
 class Drawn:

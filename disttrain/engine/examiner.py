@@ -13,11 +13,11 @@ import numpy as np
 
 from disttrain import schema
 from disttrain.config import RunConfig
-from disttrain.engine.artist import Drawn
+from disttrain.engine.artist import Ask, Drawn, each_with_each
 from disttrain.engine.compared_pictures import compared_pictures, draw_settings
 from disttrain.engine.distributed import Mesh
 from disttrain.engine.pack import Pack
-from disttrain.engine.pack_drawing import Ask, draw_anywhere, draw_for_slots
+from disttrain.engine.pack_drawing import draw_anywhere, draw_for_slots
 from disttrain.engine.score_prompts import ScorePrompts, score_prompts
 from disttrain.engine.scores import Compared, Scores, Yardstick, scores_of
 from disttrain.engine.slot import Slot
@@ -175,10 +175,10 @@ def _prompts(member: RunConfig) -> ScorePrompts:
 
 
 def _asks(member: RunConfig, sanity: bool = False) -> list[Ask]:
-    """Each prompt with each seed, prompt by prompt."""
+    """What a subject's scores are made of."""
     prompts, score = _prompts(member), member.score
-    seeds = range(score.seed, score.seed + score.pictures)
-    return [(text, s) for text in (prompts.sanity if sanity else prompts.subject) for s in seeds]
+    texts = prompts.sanity if sanity else prompts.subject
+    return each_with_each(texts, score.pictures, score.seed)
 
 
 def _by_settings(pack: Pack, slots: Sequence[Slot]) -> Mapping[DrawSettings, list[Slot]]:

@@ -15,14 +15,12 @@ import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from torch import Tensor
 
-from disttrain.engine.artist import DRAWN_TOGETHER, Drawn
+from disttrain.engine.artist import DRAWN_TOGETHER, Ask, Drawn
 from disttrain.engine.pack import Pack
 from disttrain.models.packed import placed
 from disttrain.models.sampler import DrawSettings, decode_latents, draw_latents, to_pixels
 from disttrain.models.text import encode_ids
 
-Ask = tuple[str, int]
-"""A prompt and a seed."""
 FILLER: Ask = ("", 0)
 """What a slot draws of which less is asked than of others: a pack wants as many rows of each."""
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import platform
 import socket
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -101,12 +101,15 @@ class RunFolder:
         value = read_json(self.progress)
         try:
             scored = value.get("scored", {})
-            return {
-                name: End(int(steps), **{"picked": int(steps), **scored.get(name, {})})
+            ends = {
+                name: End(steps, **{"picked": steps, **scored.get(name, {})})
                 for name, steps in value["finished"].items()
             }
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise DataError(f"{self.progress}: not a progress file; use --fresh") from error
+        if not all(isinstance(n, int) for end in ends.values() for n in astuple(end)):
+            raise DataError(f"{self.progress}: not a progress file; use --fresh")
+        return ends
 
     def mark_finished(self, ends: dict[str, End]) -> None:
         """Record how subjects ended; their results are in place."""

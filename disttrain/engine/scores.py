@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
-from disttrain.engine.artist import Artist, Drawn
+from disttrain.engine.artist import Drawn, each_with_each
 from disttrain.engine.prompt_judge import PromptJudge
 from disttrain.engine.score_prompts import ScorePrompts
 from disttrain.models.features import FeatureEncoder, TextEncoder
@@ -70,16 +71,23 @@ class Yardstick:
     others: tuple[Compared, ...] = ()
 
 
-def draw_each(artist: Artist, prompts: Sequence[str], pictures: int, seed: int) -> Drawn:
-    """`pictures` of each prompt, prompt by prompt, each prompt with the same seeds."""
-    texts = [prompt for prompt in prompts for _ in range(pictures)]
-    seeds = [seed + number for _ in prompts for number in range(pictures)]
-    return artist.draw(texts, seeds)
+class Draws(Protocol):
+    """What `measure` wants of an `Artist`."""
+
+    def draw(self, prompts: Sequence[str], seeds: Sequence[int]) -> Drawn:
+        """One picture for each pair of prompt and seed."""
+        ...
+
+
+def draw_each(artist: Draws, prompts: Sequence[str], pictures: int, seed: int) -> Drawn:
+    """What an artist draws for `each_with_each`."""
+    asked = each_with_each(prompts, pictures, seed)
+    return artist.draw([prompt for prompt, _ in asked], [number for _, number in asked])
 
 
 def measure(
     yardstick: Yardstick,
-    artist: Artist,
+    artist: Draws,
     *,
     plain: bool = False,
     sanity: bool = True,

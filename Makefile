@@ -5,7 +5,7 @@ SOURCES := disttrain tests examples docs benchmarks
 # A file's tests stay in one process, because they share what they made.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 8 --dist loadfile --no-loadscope-reorder
 
-.PHONY: install demo test test-all tiny-base tiny-base-check benchmark-data benchmark-pack benchmark-placement drill-fleet cluster-test check format clean
+.PHONY: install demo test test-all tiny-base tiny-base-check benchmark-learning benchmark-data benchmark-pack benchmark-placement drill-fleet cluster-test check format clean
 
 install: .venv/installed
 
@@ -16,8 +16,11 @@ install: .venv/installed
 	touch $@
 
 demo: install
-	$(BIN)/disttrain train configs/lora.yaml --fresh
-	$(BIN)/disttrain train configs/textual_inversion.yaml --fresh
+	rm -rf build/demo
+	$(BIN)/disttrain train configs/lora.yaml output_dir=build/demo
+	$(BIN)/disttrain train configs/textual_inversion.yaml output_dir=build/demo
+	$(BIN)/disttrain score build/demo/fox-lora --held-out examples/held_out/fox
+	$(BIN)/disttrain score build/demo/penguin-ti --held-out examples/held_out/penguin
 
 test: install
 	$(PYTEST) -m "not slow"
@@ -31,6 +34,12 @@ tiny-base: install
 
 tiny-base-check: install
 	examples/tiny_base/make.sh check
+
+# Whether subjects are learned, by every method, seed and number of processes: about an hour.
+benchmark-learning: install
+	$(BIN)/python benchmarks/fidelity.py --output benchmarks/results/fidelity.json
+	$(BIN)/python benchmarks/same_result.py --output benchmarks/results/same_result.json
+	$(BIN)/python benchmarks/far_past.py --output benchmarks/results/far_past.json
 
 # About five minutes on a machine with nothing else to do.
 benchmark-data: install

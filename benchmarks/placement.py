@@ -63,11 +63,11 @@ def wider(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     return frozen(made)
 
 
-def batch(config: RunConfig, rank: int, step: int) -> dict[str, torch.Tensor]:
+def batch(config: RunConfig, channels: int, rank: int, step: int) -> dict[str, torch.Tensor]:
     """Random latents and words for one micro-batch."""
     draws = torch.Generator().manual_seed(1000 * rank + step)
     rows = config.data.batch_size
-    shape = (rows, 4, 8, 8)
+    shape = (rows, channels, 8, 8)
     return {
         "latents": torch.randn(shape, generator=draws),
         "noise": torch.randn(shape, generator=draws),
@@ -86,6 +86,7 @@ def measure(words: list[str], steps: int) -> None:
     with Mesh(config) as mesh:
         load_deepspeed(mesh.device)  # its code is no part of what is compared
         base = load_base("tiny")
+        channels = base.unet.config["in_channels"]
         base.unet = wider(base.unet)
         before = resident_bytes()
         own = sum(
@@ -101,7 +102,7 @@ def measure(words: list[str], steps: int) -> None:
             mesh.barrier()
             started = time.perf_counter()
             with placement.accumulate(last=True):
-                loss = placement.denoiser(batch(config, mesh.rank, step)).sum()
+                loss = placement.denoiser(batch(config, channels, mesh.rank, step)).sum()
                 placement.backward(loss)
             del loss
             if step == steps - 1:  # gradients are there now, as at the peak of a step

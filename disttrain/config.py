@@ -295,6 +295,9 @@ class ScoreSettings:
     features: str = "effnet"
     """What pictures are compared by: effnet (EffNet-I, works offline), or the folder or hub id of a
     CLIP model (CLIP-I and CLIP-T) or of a DINO or DINOv2 model."""
+    through_autoencoder: bool = True
+    """Compare with the subject's pictures as the base model's autoencoder keeps them, because what
+    it loses cannot be learned; false: with the pictures themselves, as papers do."""
 
 
 Strategy = Literal["auto", "ddp", "zero1", "zero2", "zero3", "fsdp"]

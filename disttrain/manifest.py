@@ -61,11 +61,15 @@ def read_manifest(path: Path, tree: dict[str, Any]) -> list[RunConfig]:
 
 
 def _usual(tree: dict[str, Any]) -> dict[str, Any]:
-    """What a config says of its subjects, without what each must have for itself."""
+    """What a config says of its subjects, without what each must have for itself.
+
+    Held-out pictures are of one subject: those of a config would judge all rows by another one.
+    """
     subjects = tree.get("subjects") or [{}]
     if not isinstance(subjects, list) or not isinstance(subjects[0], dict):
         raise ConfigError("subjects: expected a list of subjects")
-    return {key: value for key, value in subjects[0].items() if key not in ("name", "images")}
+    own = ("name", "images", "held_out")
+    return {key: value for key, value in subjects[0].items() if key not in own}
 
 
 def _in_a_line(message: str) -> str:

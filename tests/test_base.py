@@ -58,13 +58,20 @@ def test_folder_gives_back_every_weight(tiny, saved):
     assert loaded.tokenizer("a sks fox").input_ids == tiny.tokenizer("a sks fox").input_ids
     assert loaded.tokenizer.model_max_length == 77
     assert (loaded.name, loaded.family) == ("model", "sd1")
-    assert (loaded.latent_channels, loaded.latent_scale, loaded.resolution) == (4, 8, 64)
+    assert (loaded.latent_channels, loaded.latent_scale, loaded.resolution) == (8, 8, 64)
     assert loaded.scaling_factor == tiny.scaling_factor
     assert torch.equal(loaded.scheduler.betas, tiny.scheduler.betas)
     for part in (loaded.unet, loaded.text_encoder, loaded.load_vae()):
         assert not part.training
         assert not any(weight.requires_grad for weight in part.parameters())
         assert all(weight.data_ptr() % 64 == 0 for weight in part.parameters())
+
+
+def test_where_a_model_lay_is_not_in_what_is_made_of_it(saved, tmp_path):
+    load_base(str(saved)).save(tmp_path / "again")
+    texts = [path.read_text() for path in (tmp_path / "again").rglob("*.json")]
+    assert len(texts) > 5
+    assert not any(str(saved) in text for text in texts)
 
 
 def test_stock_pipeline_draws_the_same_picture(tiny, saved):

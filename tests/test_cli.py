@@ -52,8 +52,8 @@ SURFACE: dict[str, list[tuple[str, Any, Any, bool, Any]]] = {
         ("--step", None, None, False, int),
         ("--count", None, 1, False, int),
         ("--seed", None, 0, False, int),
-        ("--steps", None, 20, False, int),
-        ("--guidance-scale", None, 7.5, False, float),
+        ("--steps", None, None, False, int),
+        ("--guidance-scale", None, None, False, float),
         ("--size", None, None, False, int),
         ("--output", None, None, False, Path),
     ],
@@ -304,7 +304,7 @@ def test_a_fleet_may_be_looked_at_before_anything_is_written(
     assert first == f"fleet of 5 subjects in {tmp_path}/runs/fox-lora"
     assert fox.split() == [
         *("fox", "examples/subjects/fox", "token", "sks"),
-        *("optim.learning_rate=0.00025", "train.max_steps=9"),
+        *("optim.learning_rate=0.0005", "train.max_steps=9"),
     ]
     assert penguin.split()[-1] == "train.max_steps=200"
     assert last == "nothing was written (dry run)"

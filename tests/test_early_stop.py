@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from conftest import checkpoints, forget_accelerate, train_here
 from early_stop import RISE, RISE_AND_FALL, early_config, plant
 from torch import Tensor
@@ -350,8 +351,6 @@ def test_scores_by_another_yardstick_do_not_count(
 def test_in_a_fleet_the_next_subject_takes_the_slot(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import yaml
-
     taught: list[tuple[str, int]] = []
     curves = {"s0": RISE_AND_FALL, "s1": RISE, "s2": RISE_AND_FALL}
     plant(monkeypatch, curves, lambda slot: taught.append((slot.name, slot.step)))
@@ -449,3 +448,22 @@ def test_a_newcomer_to_a_pack_is_compared_with_the_untouched_base(tmp_path: Path
     assert expected[4] > 0.02
     for step, drift in expected.items():
         assert ours[step] == pytest.approx(drift, abs=3e-3)
+
+
+def test_features_that_cannot_be_had_fail_their_row_of_a_fleet_alone(tmp_path: Path) -> None:
+    tree = early_config("lora", tmp_path, max_steps=4)
+    row = {"images": "examples/subjects/fox", "class_name": "animal face", "token": "sks"}
+    manifest = tmp_path / "fleet.yaml"
+    rows = [{"name": "one", **row, "score.features": "no/where"}, {"name": "two", **row}]
+    manifest.write_text(yaml.safe_dump(rows))
+    members = read_manifest(manifest, tree)
+    # The first row is what a fleet checks before it begins; here it is one that can be had.
+    try:
+        assert train_fleet(members[::-1]) == 1
+    finally:
+        forget_accelerate()
+    fleet = FleetFolder(members[0].folder)
+    assert fleet.read("two").status == "finished"
+    failed = fleet.read("one")
+    assert (failed.status, failed.steps) == ("failed", 0)
+    assert "no/where" in failed.reason

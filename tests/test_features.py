@@ -22,11 +22,12 @@ from transformers import (
     ViTModel,
 )
 
+from disttrain import randomness
 from disttrain.data.images import decode
 from disttrain.data.window import fit
 from disttrain.errors import ConfigError, DataError, ModelError
 from disttrain.models import effnet
-from disttrain.models.effnet import EffNetEncoder, read_mean, write_mean
+from disttrain.models.effnet import EffNetEncoder, fit_basis, read_basis, write_basis
 from disttrain.models.encoders import open_encoder
 from disttrain.models.features import FeatureEncoder, Preparation, TextEncoder
 from disttrain.models.vision import preparation_of
@@ -109,34 +110,67 @@ def test_the_offline_encoder_knows_a_subject_again(offline: EffNetEncoder) -> No
 
 
 def test_the_offline_encoder_is_the_classifier_it_says(offline: EffNetEncoder) -> None:
-    """Its preparation and average are those under which its own last layer names things."""
+    """Its preparation and averages are those under which its own last layer names things."""
     pictures = noise(2, 224, 224)
+    seen: list[torch.Tensor] = []
+    block = offline.model._blocks[effnet.MIDDLE_BLOCK]
+    watch = block.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     with torch.no_grad():
         plain = torch.from_numpy(pictures).permute(0, 3, 1, 2).float()
-        expected = offline.model.extract_features((plain - 127) / 128).mean((2, 3))
-    assert torch.allclose(offline.averages(pictures), expected, atol=1e-4)
-    centred = torch.nn.functional.normalize(expected - read_mean(), dim=1).numpy()
-    assert np.allclose(offline.encode(pictures), centred, atol=1e-5)
-    assert offline.averages(pictures).shape == (2, effnet.WIDTH)
+        last = offline.model.extract_features((plain - 127) / 128).mean((2, 3))
+    watch.remove()
+    found = offline.averages(pictures)
+    assert torch.allclose(found["last"], last, atol=1e-4)
+    assert torch.allclose(found["middle"], seen[0].mean((2, 3)), atol=1e-4)
+    assert {layer: own.shape for layer, own in found.items()} == {
+        layer: (2, width) for layer, width in effnet.WIDTHS.items()
+    }
 
 
-def test_without_the_mean_all_pictures_look_alike(offline: EffNetEncoder) -> None:
-    """Why a mean is subtracted: without it two subjects have much in common."""
-    pictures = np.concatenate([pictures_of(f"held_out/{n}") for n in ("fox", "penguin")])
-    averages = torch.nn.functional.normalize(offline.averages(pictures), dim=1)
-    centred = torch.from_numpy(offline.encode(pictures))
-    assert (averages @ averages.T).min() > 0.3
-    assert (centred @ centred.T).min() < 0
-
-
-def test_a_mean_is_written_and_read(tmp_path: Path, offline: EffNetEncoder) -> None:
+def test_features_are_whitened_layers_side_by_side(offline: EffNetEncoder) -> None:
     pictures = noise(3)
-    write_mean(tmp_path / "mean.safetensors", offline, pictures)
-    found = read_mean(tmp_path / "mean.safetensors")
-    assert torch.allclose(found, offline.averages(pictures).mean(0))
+    averages, basis = offline.averages(pictures), read_basis()
+    expected = []
+    for layer in ("middle", "last"):
+        white = (averages[layer] - basis[layer].mean) @ basis[layer].axes
+        expected.append(white / white.norm(dim=1, keepdim=True) / 2**0.5)
+    found = offline.encode(pictures)
+    assert np.allclose(found, torch.cat(expected, 1).numpy(), atol=1e-5)
+    assert offline.encode(pictures[:0]).shape == (0, found.shape[1])
+
+
+def test_a_basis_makes_what_it_was_fitted_to_vary_alike() -> None:
+    draws = torch.from_numpy(randomness.normal((500, 4), 0, ("test", "basis"))).float()
+    averages = draws @ torch.diag(torch.tensor([9.0, 1.0, 0.1, 0.01])) + 5
+    basis = fit_basis(averages, 3)
+    white = (averages - basis.mean) @ basis.axes
+    assert torch.allclose(white.T @ white / 500, torch.eye(3), atol=1e-4)
+    assert torch.allclose(white[:, 0].abs(), draws[:, 0].abs(), atol=0.15)
+
+
+def test_before_whitening_all_pictures_look_alike(offline: EffNetEncoder) -> None:
+    """Why it is done: without it two subjects have much in common."""
+    pictures = np.concatenate([pictures_of(f"held_out/{n}") for n in ("fox", "penguin")])
+    averages = torch.nn.functional.normalize(offline.averages(pictures)["last"], dim=1)
+    white = torch.from_numpy(offline.encode(pictures))
+    assert (averages[:3] @ averages[3:].T).min() > 0.3
+    assert (white[:3] @ white[3:].T).mean() < 0.1
+
+
+def test_a_basis_is_written_and_read(tmp_path: Path, offline: EffNetEncoder) -> None:
+    averages = offline.averages(noise(5))
+    basis = {layer: fit_basis(own, 3) for layer, own in averages.items()}
+    write_basis(tmp_path / "basis.safetensors", basis, 5)
+    found = read_basis(tmp_path / "basis.safetensors")
+    for layer, own in basis.items():
+        assert torch.allclose(found[layer].mean, own.mean, rtol=1e-3, atol=1e-3)
+        assert torch.allclose(found[layer].axes, own.axes, rtol=1e-3, atol=1e-3)
     (tmp_path / "bad.safetensors").write_bytes(b"nothing")
     with pytest.raises(ModelError, match=r"bad\.safetensors"):
-        read_mean(tmp_path / "bad.safetensors")
+        read_basis(tmp_path / "bad.safetensors")
+    write_basis(tmp_path / "half.safetensors", {"last": basis["last"]}, 5)
+    with pytest.raises(ModelError, match="no basis of middle"):
+        read_basis(tmp_path / "half.safetensors")
 
 
 def test_loading_draws_no_random_numbers() -> None:

@@ -197,6 +197,14 @@ def test_a_config_need_not_name_a_subject(tree: dict[str, Any], tmp_path: Path) 
     assert json.dumps(tree) == before, "a config is read, not changed"
 
 
+def test_held_out_pictures_are_those_of_the_row(tree: dict[str, Any], tmp_path: Path) -> None:
+    """Those of the config's subject would judge every row by another one's pictures."""
+    tree["subjects"][0]["held_out"] = "examples/held_out/fox"
+    text = f"name,images,held_out\nfox,{FOX},examples/held_out/dragon\nowl,{FOX},\n"
+    members = read(tmp_path / "m.csv", text, tree)
+    assert [m.subjects[0].held_out for m in members] == ["examples/held_out/dragon", ""]
+
+
 @pytest.mark.parametrize("subjects", [{"name": "fox"}, ["fox"], "fox", 3])
 def test_a_config_with_broken_subjects(subjects: Any, tree: dict[str, Any], tmp_path: Path) -> None:
     tree["subjects"] = subjects
@@ -341,4 +349,4 @@ def test_the_example_manifest() -> None:
     )
     assert names(members) == ["fox", "penguin", "dolphin", "octopus", "dragon"]
     assert [member.train.max_steps for member in members] == [300, 200, 300, 300, 150]
-    assert [member.optim.learning_rate for member in members][2:] == [2e-4, 2.5e-4, 5e-4]
+    assert [member.optim.learning_rate for member in members][2:] == [2e-4, 5e-4, 1e-3]

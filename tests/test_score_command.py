@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,13 @@ from test_features import small_models
 from disttrain.cli import main
 from disttrain.config import RunConfig
 from disttrain.config_file import load_config
+from disttrain.data.images import decode
 from disttrain.engine import compared_pictures as compared_module
 from disttrain.engine.artist import Artist
 from disttrain.engine.compared_pictures import Against
 from disttrain.engine.prompt_judge import PromptJudge
 from disttrain.files import read_tensors, write_tensors
-from disttrain.models.base import configured_base
+from disttrain.models.base import configured_base, load_base
 from disttrain.models.sampler import DrawSettings
 from disttrain.models.text import PromptTokenizer
 from disttrain.review import score as score_module
@@ -101,6 +103,8 @@ def test_every_state_is_scored_and_one_is_picked(
     assert all(-1 < state["subject"] < 1 and state["subject_error"] > 0 for state in states)
     after = files_of(run)
     del after["subjects/fox/scores.json"]
+    grid = decode(after.pop("subjects/fox/scores.png"), "scores.png").pixels
+    assert grid.shape[0] == 4 * (128 + 2) - 2, "subject, before, two states"
     assert after == before, "nothing else was touched"
     shown = capsys.readouterr().out
     assert f"fox: EffNet-I to 3 pictures kept out of training ({HELD_OUT})" in shown
@@ -303,6 +307,35 @@ def test_large_sets_are_compared_with_some_of_them(
     assert isinstance(against, Against)
     assert pictures.shape == (4, 64, 64, 3)
     assert pictures.dtype == np.uint8
+
+
+def test_pictures_are_compared_as_the_base_keeps_them(runs: Copies) -> None:
+    """What its autoencoder loses cannot be learned; the setting says whether that counts."""
+    run = runs["lora"]
+    change(run, pictures=1, steps=1)
+    kept = scored(run)
+    change(run, through_autoencoder=False)
+    true = scored(run)
+    change(run, through_autoencoder=True)
+    (member,) = members_of(run, "")
+    bench = Bench(member, ScoreRequest())
+    bench.others.append(
+        bench.main
+    )  # what is only reported is compared with the pictures themselves
+    beside = score_subject(run, member, bench).before.others["EffNet-I"]
+    assert beside == pytest.approx(true["before"]["subject"], abs=1e-6)
+    assert (kept["through_autoencoder"], true["through_autoencoder"]) == (True, False)
+    assert abs(kept["before"]["subject"] - true["before"]["subject"]) > 0.01
+    _, pictures = compared_module.compared_pictures(member)
+    vae = load_base("tiny").load_vae()
+    as_they_are = replace(member, score=replace(member.score, through_autoencoder=False))
+    assert compared_module.as_base_keeps(as_they_are, pictures, vae) is pictures
+    found = compared_module.as_base_keeps(member, pictures, vae)
+    with torch.no_grad():
+        pixels = torch.from_numpy(pictures).permute(0, 3, 1, 2) / 127.5 - 1
+        stock = vae(pixels).sample.permute(0, 2, 3, 1).clamp(-1, 1).numpy() * 127.5 + 127.5
+    assert found.dtype == np.uint8
+    assert np.abs(found - stock).max() < 1
 
 
 @pytest.mark.parametrize(

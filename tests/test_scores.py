@@ -105,7 +105,7 @@ def cosine(degrees: float) -> float:
 
 def test_measure_puts_the_numbers_together() -> None:
     hand = Hand({"my sks fox": 10, "a boat": 40})
-    found = measure(yardstick(), hand)
+    found, _ = measure(yardstick(), hand)
     assert hand.asked == [("my sks fox", 0), ("my sks fox", 1), ("a boat", 0), ("a boat", 1)]
     assert found.subject == pytest.approx((cosine(10) + cosine(11)) / 2, abs=1e-5)
     assert found.diversity == pytest.approx(1 - cosine(1), abs=1e-5)
@@ -115,7 +115,7 @@ def test_measure_puts_the_numbers_together() -> None:
 
 def test_the_base_draws_without_the_token_and_without_drift() -> None:
     hand = Hand({"my fox": 20})
-    found = measure(yardstick(), hand, plain=True, sanity=False)
+    found, _ = measure(yardstick(), hand, plain=True, sanity=False)
     assert hand.asked == [("my fox", 0), ("my fox", 1)]
     assert found.drift == 0.0
 
@@ -123,7 +123,7 @@ def test_the_base_draws_without_the_token_and_without_drift() -> None:
 def test_strength_is_told_beside_the_vocabularys() -> None:
     hand = Hand({"my sks fox": 10})
     vectors, vocabulary = torch.full((2, 3), -0.4), torch.full((9, 3), 0.1)
-    found = measure(
+    found, _ = measure(
         yardstick(),
         hand,
         sanity=False,
@@ -137,7 +137,7 @@ def test_strength_is_told_beside_the_vocabularys() -> None:
 def test_other_encoders_are_reported_beside_with_their_text_side() -> None:
     hand = Hand({"my sks fox": 10, "a boat": 40})
     other = Compared(NumberEncoder(), unit((0, 1)))
-    found = measure(yardstick(others=(other,)), hand)
+    found, _ = measure(yardstick(others=(other,)), hand)
     assert found.others.keys() == {"Numbers", "Texts"}
     assert found.others["Numbers"] == pytest.approx((cosine(80) + cosine(79)) / 2, abs=1e-5)
     assert found.others["Texts"] == pytest.approx((cosine(10) + cosine(11)) / 2, abs=1e-5)
@@ -146,13 +146,13 @@ def test_other_encoders_are_reported_beside_with_their_text_side() -> None:
 # The base model as judge.
 
 
-@pytest.fixture(scope="module")
-def base() -> BaseModel:
-    return load_base("tiny")
+@pytest.fixture(scope="module", params=["epsilon", "v_prediction"])
+def base(request: pytest.FixtureRequest) -> BaseModel:
+    return load_base("tiny", prediction_type=request.param)
 
 
 def latents(count: int) -> torch.Tensor:
-    return torch.from_numpy(randomness.normal((count, 4, 8, 8), 1, ("test", "latents")))
+    return torch.from_numpy(randomness.normal((count, 8, 8, 8), 1, ("test", "latents")))
 
 
 def test_the_judges_gain_is_the_relative_drop_of_the_denoising_error(base: BaseModel) -> None:
@@ -162,14 +162,16 @@ def test_the_judges_gain_is_the_relative_drop_of_the_denoising_error(base: BaseM
 
     def error(text: str, draw: int) -> float:
         timestep = torch.tensor([int((draw + 0.5) / DRAWS * 1000)])
-        noise = torch.from_numpy(randomness.normal((4, 8, 8), 0, ("prompt judge", "noise"), draw))[
+        noise = torch.from_numpy(randomness.normal((8, 8, 8), 0, ("prompt judge", "noise"), draw))[
             None
         ]
         noisy = base.scheduler.add_noise(latent[None], noise, timestep)
         with torch.no_grad():
             context = encode_ids(base.text_encoder, tokenizer.ids(text)[None])
             predicted = base.unet(noisy, timestep, context).sample
-        return float((predicted - noise).pow(2).mean())
+        velocity = base.scheduler.config["prediction_type"] == "v_prediction"
+        wanted = base.scheduler.get_velocity(latent[None], noise, timestep) if velocity else noise
+        return float((predicted - wanted).pow(2).mean())
 
     drops = [1 - error("a fox", draw) / error("", draw) for draw in range(DRAWS)]
     gain = PromptJudge(base, CPU).gains(latent[None], ["a fox"])
@@ -187,7 +189,7 @@ def test_no_prompt_is_no_help_and_pictures_are_judged_alone(base: BaseModel) -> 
 
 def test_the_judge_prefers_the_prompt_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """A base that was taught that `fox` means one latent finds it in that one and in no other."""
-    base = load_base("tiny")
+    base = load_base("tiny", prediction_type="epsilon")
     first, second = latents(2)
     judge = PromptJudge(base, CPU)
     fox, plain = (judge.contexts.get([text])[0] for text in ("a fox", ""))

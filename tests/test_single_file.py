@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import zipfile
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +25,6 @@ from disttrain.models import single_file
 from disttrain.models.base import load_base
 from disttrain.models.infer import below, infer_text_encoder, infer_unet, infer_vae
 from disttrain.models.parts import frozen, skeleton
-from disttrain.models.tiny import UNET_CONFIG
 
 UNET = "model.diffusion_model."
 # The configurations published with the diffusers folders of these models.
@@ -72,18 +72,25 @@ OPEN_CLIP_H = {
 
 @pytest.fixture(scope="module")
 def tiny():
-    return load_base("tiny")
+    """The embedded model, with an autoencoder of 32 groups: files of this kind tell no other."""
+    base = load_base("tiny")
+    vae = {**base.vae_config, "block_out_channels": (32, 32, 64, 64), "norm_num_groups": 32}
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        own = frozen(AutoencoderKL(**vae))
+    return replace(base, vae_source=lambda: own, vae_config=vae)
 
 
 @pytest.fixture(scope="module")
 def tiny2(tiny):
     """A tiny model with the features of Stable Diffusion 2.x, weights of its own."""
-    base = load_base("tiny")
-    heads = tuple(width // 64 for width in UNET_CONFIG["block_out_channels"])
+    base = replace(tiny)
+    unet = dict(base.unet.config)
+    heads = tuple(width // 64 for width in unet["block_out_channels"])
     linear = {"use_linear_projection": True, "attention_head_dim": heads}
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        base.unet = frozen(UNet2DConditionModel(**{**UNET_CONFIG, **linear}))
+        base.unet = frozen(UNet2DConditionModel(**{**unet, **linear}))
         text = {**tiny.text_encoder.config.to_dict(), "hidden_act": "gelu"}
         base.text_encoder = frozen(CLIPTextModel(CLIPTextConfig(**text)))
     return base
@@ -105,7 +112,7 @@ def assert_same_model(loaded, base):
     assert loaded.scaling_factor == pytest.approx(base.scaling_factor, rel=1e-6)
     ids = torch.tensor(base.tokenizer(["a photo of a fox"], padding="max_length").input_ids)
     generator = torch.Generator().manual_seed(1)
-    latents = torch.randn(1, 4, 8, 8, generator=generator)
+    latents = torch.randn(1, 8, 8, 8, generator=generator)
     with torch.no_grad():
         outputs = []
         for model in (loaded, base):
@@ -188,6 +195,8 @@ def test_what_stable_diffusion_2_predicts(tiny2, tmp_path):
 def test_what_stable_diffusion_1_predicts(tiny, tmp_path):
     tensors = original_checkpoint(tiny)
     path = tmp_path / "model.safetensors"
+    save_file(tensors, path)
+    assert load_base(str(path)).prediction_type == "epsilon"
     save_file(tensors | {"v_pred": torch.zeros(0)}, path)
     assert load_base(str(path)).prediction_type == "v_prediction"
     assert load_base(str(path)).resolution == 512
@@ -287,6 +296,10 @@ WRONG = {
     "inpainting": (
         lambda t: t | {UNET + "input_blocks.0.0.weight": torch.ones(64, 9, 3, 3)},
         "its UNet takes 9 channels",
+    ),
+    "groups": (
+        lambda t: t | {"first_stage_model.encoder.down.0.block.0.conv1.weight": torch.ones(16, 1)},
+        "its autoencoder has 16 channels, no multiple of 32",
     ),
     "class labels": (
         lambda t: t | {UNET + "label_emb.0.0.weight": torch.ones(1)},

@@ -249,12 +249,12 @@ def test_bf16_trains_close_to_full_precision(
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
-def test_velocity_models_train_and_keep_their_kind(tmp_path: Path) -> None:
+def test_models_of_another_kind_train_and_keep_it(tmp_path: Path) -> None:
     tree = small_config("dreambooth", tmp_path, max_steps=2)
-    tree["base_prediction_type"] = "v_prediction"
+    tree["base_prediction_type"] = "epsilon"
     run = train_here(tree)
     saved = json.loads((run / "subjects/fox/model/scheduler/scheduler_config.json").read_text())
-    assert saved["prediction_type"] == "v_prediction"
+    assert saved["prediction_type"] == "epsilon"
     plain = train_here(small_config("dreambooth", tmp_path / "plain", max_steps=2))
     first, other = (
         json.loads((r / "metrics.jsonl").read_text().splitlines()[0])["loss"] for r in (run, plain)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
 from disttrain.config import RunConfig
 from disttrain.data.images import decode
@@ -16,7 +17,7 @@ from disttrain.data.source import open_source, source_options
 from disttrain.data.window import fit
 from disttrain.errors import ConfigError
 from disttrain.models.base import BaseModel
-from disttrain.models.sampler import DrawSettings
+from disttrain.models.sampler import DrawSettings, through_autoencoder
 
 MOST_COMPARED = 64
 """Pictures of the subject that drawn ones are compared with; of more, as many spread evenly."""
@@ -39,6 +40,12 @@ def draw_settings(member: RunConfig, base: BaseModel) -> DrawSettings:
     if side % base.latent_scale:
         raise ConfigError(f"data.resolution: {side} is not a multiple of {base.latent_scale}")
     return DrawSettings(score.steps, score.guidance_scale, side, side)
+
+
+def as_base_keeps(member: RunConfig, pictures: np.ndarray, vae: AutoencoderKL) -> np.ndarray:
+    """The pictures `[M, H, W, 3]` that likeness is measured to, as score.through_autoencoder says:
+    what a base cannot draw at all is no fault of what it was taught."""
+    return through_autoencoder(vae, pictures) if member.score.through_autoencoder else pictures
 
 
 def compared_pictures(member: RunConfig) -> tuple[Against, np.ndarray]:

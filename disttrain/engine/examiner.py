@@ -14,10 +14,10 @@ import numpy as np
 from disttrain import schema
 from disttrain.config import RunConfig
 from disttrain.engine.artist import Ask, Drawn, each_with_each
-from disttrain.engine.compared_pictures import compared_pictures, draw_settings
+from disttrain.engine.compared_pictures import as_base_keeps, compared_pictures, draw_settings
 from disttrain.engine.distributed import Mesh
 from disttrain.engine.pack import Pack
-from disttrain.engine.pack_drawing import draw_anywhere, draw_for_slots
+from disttrain.engine.pack_drawing import draw_anywhere, draw_for_slots, open_vae
 from disttrain.engine.score_prompts import ScorePrompts, score_prompts
 from disttrain.engine.scores import Compared, Scores, Yardstick, scores_of
 from disttrain.engine.slot import Slot
@@ -37,7 +37,8 @@ class Examiner:
     def __init__(self, mesh: Mesh) -> None:
         self.mesh = mesh
         self._encoders: dict[str, FeatureEncoder] = {}
-        self._wanted: dict[str, Compared] = {}
+        self._wanted: dict[str, np.ndarray] = {}
+        """Pictures of each subject, on rank zero, until it is admitted."""
         self._yardsticks: dict[str, Yardstick] = {}
         """By subject, on rank zero."""
         self._admitted: set[str] = set()
@@ -59,14 +60,13 @@ class Examiner:
         it is measured against.
 
         Raises:
-            UserError: pictures that cannot be read.
+            UserError: pictures that cannot be read, or features that cannot be had.
         """
 
         def look() -> str:
+            self._encoder(member)
             against, pictures = compared_pictures(member)
-            encoder = self._encoder(member)
-            name = member.subjects[0].name
-            self._wanted[name] = Compared(encoder, encoder.encode(pictures))
+            self._wanted[member.subjects[0].name] = pictures
             prompts = _prompts(member)
             how = schema.to_mapping(member)["score"]
             asked = [prompts.subject, prompts.sanity]
@@ -84,28 +84,29 @@ class Examiner:
         names = {slot.name for slot in slots}
         new = [slot for slot in slots if slot.name not in self._admitted]
         self._admitted = names
-        if not new:
-            return
 
         def draw() -> None:
-            for known in (self._wanted, self._yardsticks):
-                for gone in known.keys() - names:
-                    del known[gone]
+            for gone in self._yardsticks.keys() - names:
+                del self._yardsticks[gone]
             drifting = [slot for slot in new if pack.method.new_vectors(0) is None]
             with pack.method.untouched():
                 untouched = self._untouched(pack, drifting)
+            vae = open_vae(pack)
             for slot in new:
-                score = slot.config.score
+                score, encoder = slot.config.score, self._encoder(slot.config)
+                wanted = as_base_keeps(slot.config, self._wanted[slot.name], vae)
                 self._yardsticks[slot.name] = Yardstick(
                     prompts=_prompts(slot.config),
                     pictures=score.pictures,
                     seed=score.seed,
-                    main=self._wanted[slot.name],
+                    main=Compared(encoder, encoder.encode(wanted)),
                     untouched=untouched.get(slot.name, np.empty((0, 0))),
                 )
 
-        with pack.whole():
-            self.mesh.on_rank_zero(draw)
+        if new:
+            with pack.whole():
+                self.mesh.on_rank_zero(draw)
+        self._wanted.clear()  # also those whose subjects were refused since
 
     def examine(self, pack: Pack, slots: Sequence[Slot]) -> list[Scores]:
         """The scores of these slots' subjects as they are now."""
@@ -133,8 +134,7 @@ class Examiner:
             place = {ask: row for row, ask in enumerate(once)}
             for slot in own:
                 rows = [place[ask] for ask in asked[slot.name]]
-                encoder = self._wanted[slot.name].encoder
-                found[slot.name] = encoder.encode(drawn.pictures[rows])
+                found[slot.name] = self._encoder(slot.config).encode(drawn.pictures[rows])
         return found
 
     def _measure(self, pack: Pack, slots: Sequence[Slot]) -> list[Scores]:

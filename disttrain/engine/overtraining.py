@@ -25,7 +25,7 @@ DRIFT_GROWTH = 0.01
 LOSS_FLOOR = 0.5
 """Share of the first loss below which a loss is too good. Most of a denoising loss is noise that
 nobody can foretell, whatever was learned of the subject; only pictures known by heart take it away.
-A base with random weights learns to denoise at all, so there it means nothing."""
+A base that has learned nothing yet learns to denoise at all, so there it means nothing."""
 FEWEST_LOSSES = 20
 """Steps whose mean loss says something; single ones vary with their timestep."""
 

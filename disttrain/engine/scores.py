@@ -93,8 +93,8 @@ def measure(
     sanity: bool = True,
     vectors: Tensor | None = None,
     vocabulary: Tensor | None = None,
-) -> Scores:
-    """The scores of the state that an artist draws with.
+) -> tuple[Scores, Drawn]:
+    """The scores of the state that an artist draws with, and its pictures of the subject.
 
     Args:
         plain: draw the prompts without the token: for the base, which does not know it.
@@ -104,7 +104,7 @@ def measure(
     prompts, pictures, seed = yardstick.prompts, yardstick.pictures, yardstick.seed
     drawn = draw_each(artist, prompts.plain if plain else prompts.subject, pictures, seed)
     others = draw_each(artist, prompts.sanity, pictures, seed) if sanity else None
-    return scores_of(yardstick, drawn, others, vectors=vectors, vocabulary=vocabulary)
+    return scores_of(yardstick, drawn, others, vectors=vectors, vocabulary=vocabulary), drawn
 
 
 def scores_of(

@@ -16,7 +16,7 @@ from disttrain.models.hub import download
 from disttrain.models.local_copy import Say, near, silent
 from disttrain.models.parts import BaseModel
 from disttrain.models.single_file import load_single_file
-from disttrain.models.tiny import build_tiny
+from disttrain.models.tiny import load_tiny
 
 __all__ = ["BaseModel", "configured_base", "load_base"]
 
@@ -44,7 +44,7 @@ def load_base(
         ModelError: missing, unreachable, damaged, or of a kind that is not supported.
     """
     if spec == "tiny":
-        return build_tiny(prediction_type)
+        return load_tiny(prediction_type)
     path = Path(spec).expanduser()
     weights = [weight_files(part) for part in ("unet", "text_encoder", "vae")]
     if path.is_dir():

@@ -21,7 +21,7 @@ from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
 from torch import nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from disttrain.files import atomic_folder, read_tensors, write_tensors
+from disttrain.files import atomic_folder, read_json, read_tensors, write_json, write_tensors
 from disttrain.models.loading import quiet_libraries
 from disttrain.models.names import public_name
 
@@ -131,6 +131,11 @@ class BaseModel:
         tensors = read_tensors(text_weights)
         named = {public_name("text_encoder", name): tensor for name, tensor in tensors.items()}
         write_tensors(text_weights, named, {"format": "pt"})
+        for part in ("unet", "vae"):
+            config = folder / part / "config.json"
+            # Equal models are equal files, wherever the base lay.
+            kept = {k: v for k, v in read_json(config).items() if k != "_name_or_path"}
+            write_json(config, kept)
         mode = (folder / "model_index.json").stat().st_mode
         for weights in folder.rglob("*.safetensors"):
             weights.chmod(mode)  # safetensors leaves them readable by their owner only

@@ -85,3 +85,15 @@ def decode_latents(vae: AutoencoderKL, latents: Tensor) -> np.ndarray:
 def to_pixels(pictures: np.ndarray) -> np.ndarray:
     """Pictures in [0, 1] as uint8."""
     return (pictures * 255).round().astype(np.uint8)
+
+
+@torch.no_grad()
+def through_autoencoder(vae: AutoencoderKL, pictures: np.ndarray) -> np.ndarray:
+    """What an autoencoder keeps of pictures `[N, H, W, 3]`, uint8: the best that a model which
+    draws by it can do. The same shape and type."""
+    kept = []
+    for picture in pictures:
+        pixels = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None] / 127.5 - 1
+        latents = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist.mode()  # pyright: ignore
+        kept.append(decode_latents(vae, latents * vae.config["scaling_factor"]))
+    return to_pixels(np.concatenate(kept)) if kept else pictures

@@ -42,7 +42,6 @@ from disttrain.models.infer import (
 from disttrain.models.loading import one_line, quiet_libraries, weights_digest
 from disttrain.models.names import local_name
 from disttrain.models.parts import BaseModel, frozen, skeleton
-from disttrain.models.tiny import SCHEDULE
 from disttrain.models.vocabulary import clip_tokenizer
 
 SIZE_LIMIT = 16 * 2**30
@@ -50,6 +49,15 @@ UNET, VAE = "model.diffusion_model.", "first_stage_model."
 PARTS = (UNET, VAE, "cond_stage_model.")
 EXTRAS = ("global_step", "scale_factor", "v_pred")
 STEPS_OF_SD2_BASE = 875_000
+# A single file has none with it; these are the numbers of Stable Diffusion 1.x and 2.x.
+SCHEDULE: dict[str, Any] = {
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "steps_offset": 1,
+}
 OTHER_FAMILIES = {
     "SDXL": "conditioner.embedders.",
     "SD3": "joint_blocks.",
@@ -89,9 +97,10 @@ def load_single_file(path: Path, prediction_type: str | None = None) -> BaseMode
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     try:
         unet_shapes = below(shapes, UNET)
-        _check_unet(path, unet_shapes)
-        unet_config = infer_unet(unet_shapes)
         vae_config = infer_vae(below(shapes, VAE), tensors.get("scale_factor"))
+        _check_unet(path, unet_shapes, vae_config["latent_channels"])
+        _check_vae(path, vae_config["block_out_channels"])
+        unet_config = infer_unet(unet_shapes)
         text_config, is_open_clip = infer_text_encoder(shapes)
     except (KeyError, IndexError, StopIteration) as error:
         raise ModelError(
@@ -130,9 +139,18 @@ def _check_kind(path: Path, names: Collection[str]) -> None:
     raise ModelError(f"{path}: not a Stable Diffusion checkpoint (it has no {UNET}* weights)")
 
 
-def _check_unet(path: Path, shapes: Shapes) -> None:
+def _check_vae(path: Path, widths: Collection[int]) -> None:
+    """Such files do not tell in how many groups an autoencoder normalises; Stable Diffusion: 32."""
+    if any(width % 32 for width in widths):
+        raise ModelError(
+            f"{path}: its autoencoder has {min(widths)} channels, no multiple of 32; "
+            "give the diffusers folder it came from"
+        )
+
+
+def _check_unet(path: Path, shapes: Shapes, latent_channels: int) -> None:
     channels = shapes["input_blocks.0.0.weight"][1]
-    if channels != 4:
+    if channels != latent_channels:
         raise ModelError(
             f"{path}: its UNet takes {channels} channels (inpainting or editing), which is not"
             " supported yet; use the text-to-image model it came from"

@@ -22,8 +22,12 @@ def add_sample(sample: argparse.ArgumentParser) -> None:
     sample.add_argument("--step", type=int, help="use the copy saved at this step")
     sample.add_argument("--count", type=int, default=1, help="pictures to draw, default 1")
     sample.add_argument("--seed", type=int, default=0, help="seed of the first, default 0")
-    sample.add_argument("--steps", type=int, default=20, help="denoising steps, default 20")
-    sample.add_argument("--guidance-scale", type=float, default=7.5, help="default 7.5")
+    sample.add_argument(
+        "--steps", type=int, help="denoising steps; default: the run's train.sample_steps"
+    )
+    sample.add_argument(
+        "--guidance-scale", type=float, help="default: the run's train.sample_guidance_scale"
+    )
     sample.add_argument("--size", type=int, help="side in pixels; default: the run's resolution")
     sample.add_argument("--output", type=Path, help="folder; default RUN/samples")
 

@@ -52,8 +52,10 @@ class SampleRequest:
     """Use the copy saved at this step; None: the final result."""
     count: int = 1
     seed: int = 0
-    steps: int = 20
-    guidance_scale: float = 7.5
+    steps: int | None = None
+    """Denoising steps; None: as the run's previews."""
+    guidance_scale: float | None = None
+    """None: as the run's previews."""
     size: int | None = None
     """Side in pixels; None: the run's training resolution."""
 
@@ -183,16 +185,20 @@ def _subject(config: RunConfig, name: str) -> SubjectSettings:
 
 def _settings(config: RunConfig, request: SampleRequest) -> DrawSettings:
     side = config.data.resolution if request.size is None else request.size
+    previews = config.train
+    steps = previews.sample_steps if request.steps is None else request.steps
+    scale = request.guidance_scale
+    scale = previews.sample_guidance_scale if scale is None else scale
     for option, value, low in (
         ("--count", request.count, 1),
-        ("--steps", request.steps, 1),
+        ("--steps", steps, 1),
         ("--size", side, 8),
-        ("--guidance-scale", request.guidance_scale, 1),
+        ("--guidance-scale", scale, 1),
         ("--seed", request.seed, 0),
     ):
         if value < low:
             raise ConfigError(f"{option}: {value} is impossible; it must be at least {low}")
-    return DrawSettings(request.steps, request.guidance_scale, side, side)
+    return DrawSettings(steps, scale, side, side)
 
 
 def _check_exists(path: Path, folder: Path) -> None:

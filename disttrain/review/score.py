@@ -1,8 +1,8 @@
 """How well a run learned its subjects: the `score` command.
 
 Draws with the base and with every saved state, measures each, and leaves `scores.json` beside the
-results. Invariant: nothing but that file is written, and it holds all that is needed to make the
-same numbers again.
+results, and `scores.png`, the same to look at. Invariant: nothing else is written, and the first
+holds all that is needed to make the same numbers again.
 """
 
 from __future__ import annotations
@@ -19,8 +19,13 @@ import torch
 
 from disttrain.config import RunConfig
 from disttrain.config_file import load_config
-from disttrain.engine.artist import Artist
-from disttrain.engine.compared_pictures import Against, compared_pictures, draw_settings
+from disttrain.engine.artist import Artist, Drawn
+from disttrain.engine.compared_pictures import (
+    Against,
+    as_base_keeps,
+    compared_pictures,
+    draw_settings,
+)
 from disttrain.engine.fleet_folder import FINISHED, FleetFolder
 from disttrain.engine.metrics import MetricsLog
 from disttrain.engine.overtraining import Reading, Verdict, verdict, window_loss
@@ -30,15 +35,16 @@ from disttrain.engine.score_prompts import score_prompts
 from disttrain.engine.scores import Compared, Scores, Yardstick, draw_each, measure
 from disttrain.engine.slot import alone
 from disttrain.errors import ConfigError, ModelError, UserError
-from disttrain.files import write_json
+from disttrain.files import write_bytes, write_json
 from disttrain.models.base import BaseModel, configured_base
 from disttrain.models.encoders import open_encoder
-from disttrain.models.features import FeatureEncoder
 from disttrain.models.text import PromptTokenizer
+from disttrain.review.score_picture import SubjectPictures, grid_of
 from disttrain.review.states import SavedState, put, saved_states
 
 FORMAT = 1
 SCORES_FILE = "scores.json"
+PICTURE_FILE = "scores.png"
 SILENT_SECONDS = 2.0
 
 
@@ -70,12 +76,19 @@ class SubjectScores:
     before: Scores
     states: tuple[SavedState, ...]
     readings: tuple[Reading, ...]
+    pictures: SubjectPictures
     verdict: Verdict
     passed_over: tuple[str, ...]
 
+    @property
+    def steps(self) -> tuple[int, ...]:
+        """Of each state, rising."""
+        return tuple(state.step for state in self.states)
+
 
 def score(run: Path, request: ScoreRequest) -> Iterator[SubjectScores]:
-    """Score the subjects of a run, or of a fleet, one after another; writes each `scores.json`.
+    """Score the subjects of a run, or of a fleet, one after another; writes `scores.json` and
+    `scores.png` of each.
 
     Raises:
         UserError: no such run or subject, nothing saved yet, or what scoring needs is missing.
@@ -100,6 +113,9 @@ def score(run: Path, request: ScoreRequest) -> Iterator[SubjectScores]:
         scored += 1
         folder = RunFolder(run).subject(found.name)
         write_json(folder / SCORES_FILE, as_json(found, folder))
+        write_bytes(
+            folder / PICTURE_FILE, grid_of(found.pictures, found.steps, found.verdict.best_step)
+        )
         yield found
     if waiting is not None and not scored:
         raise waiting
@@ -189,15 +205,16 @@ def score_subject(run: Path, member: RunConfig, bench: Bench) -> SubjectScores:
     plain = Artist(base, PromptTokenizer(base.tokenizer), "", settings, bench.device)
     bench.tell(f"{subject.name}: what the base model draws")
     yardstick = make_yardstick(member, bench, plain, pictures)
-    before = measure(yardstick, plain, plain=True, sanity=False)
+    before, first = measure(yardstick, plain, plain=True, sanity=False)
     losses = _losses(run, subject.name)
     readings: list[Reading] = []
     kept: list[SavedState] = []
+    drawn: list[np.ndarray] = []
     passed_over: list[str] = []
     for number, state in enumerate(states, start=1):
         bench.tell(f"{subject.name}: step {state.step} ({number} of {len(states)})")
         try:
-            scores = score_state(member, tuned, state, yardstick, plain)
+            scores, own = score_state(member, tuned, state, yardstick, plain)
         except UserError as error:
             passed_over.append(str(error))
             bench.tell(f"passed over: {error}", at_once=True)
@@ -205,6 +222,7 @@ def score_subject(run: Path, member: RunConfig, bench: Bench) -> SubjectScores:
         loss = window_loss(losses, readings[-1].step if readings else 0, state.step)
         readings.append(Reading(state.step, scores, loss))
         kept.append(state)
+        drawn.append(own.pictures)
     if not readings:
         raise ModelError(f"{folder}: no state could be scored: {passed_over[0]}")
     return SubjectScores(
@@ -215,6 +233,7 @@ def score_subject(run: Path, member: RunConfig, bench: Bench) -> SubjectScores:
         before=before,
         states=tuple(kept),
         readings=tuple(readings),
+        pictures=SubjectPictures(pictures, first.pictures, tuple(drawn)),
         verdict=verdict(readings, held_out=against.held_out, before=before),
         passed_over=tuple(passed_over),
     )
@@ -226,8 +245,8 @@ def score_state(
     state: SavedState,
     yardstick: Yardstick,
     plain: Artist,
-) -> Scores:
-    """The scores of one saved state, drawn as `plain` draws with the base."""
+) -> tuple[Scores, Drawn]:
+    """The scores and pictures of one saved state, drawn as `plain` draws with the base."""
     in_place = put(member, tuned, state)
     token = member.subjects[0].token
     artist = Artist(tuned, in_place.tokenizer, token, plain.settings, plain.device, plain.vae)
@@ -247,18 +266,16 @@ def make_yardstick(
     prompts = score_prompts(member, member.subjects[0])
     score = member.score
 
-    def compared(encoder: FeatureEncoder) -> Compared:
-        return Compared(encoder, encoder.encode(pictures))
-
+    kept = as_base_keeps(member, pictures, plain.vae)
     sanity = draw_each(plain, prompts.sanity, score.pictures, score.seed)
     return Yardstick(
         prompts=prompts,
         pictures=score.pictures,
         seed=score.seed,
-        main=compared(bench.main),
+        main=Compared(bench.main, bench.main.encode(kept)),
         untouched=bench.main.encode(sanity.pictures),
         judge=PromptJudge(plain.base, bench.device),
-        others=tuple(compared(encoder) for encoder in bench.others),
+        others=tuple(Compared(encoder, encoder.encode(pictures)) for encoder in bench.others),
     )
 
 
@@ -289,6 +306,7 @@ def as_json(found: SubjectScores, folder: Path) -> dict[str, Any]:
         "subject": found.name,
         "features": found.features,
         "compared_with": asdict(found.against),
+        "through_autoencoder": score.through_autoencoder,
         "prompts": list(prompts.subject),
         "prompts_without_token": list(prompts.plain),
         "sanity_prompts": list(prompts.sanity),

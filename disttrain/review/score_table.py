@@ -11,7 +11,7 @@ from pathlib import Path
 
 from disttrain.engine.overtraining import Reading
 from disttrain.engine.scores import Scores
-from disttrain.review.score import SubjectScores
+from disttrain.review.score import PICTURE_FILE, SCORES_FILE, SubjectScores
 
 Column = tuple[str, Callable[[Reading], float | None]]
 
@@ -25,6 +25,8 @@ def lines_of(found: SubjectScores, folder: Path) -> list[str]:
     against = found.against
     kind = "kept out of training" if against.held_out else "from the training set"
     head = f"{found.name}: {found.features} to {against.pictures} pictures {kind} ({against.place})"
+    if found.member.score.through_autoencoder:
+        head += ", as the base keeps them"
     lines = [head]
     if not against.held_out:
         lines.append(
@@ -39,7 +41,7 @@ def lines_of(found: SubjectScores, folder: Path) -> list[str]:
     lines.append(f"  picked step {found.verdict.best_step}: {found.verdict.reason}")
     lines.append(f"  {picked}")
     lines += [f"  step {flag.step}, {flag.kind}: {flag.reason}" for flag in found.verdict.flags]
-    return [*lines, f"  wrote {folder / 'scores.json'}"]
+    return [*lines, f"  wrote {folder / SCORES_FILE}", f"  wrote {folder / PICTURE_FILE}"]
 
 
 def _table(found: SubjectScores) -> list[str]:

@@ -41,6 +41,7 @@ train() {
     $python $recipe/start_model.py $work/autoencoder $work/start
   fi
   $python -m disttrain train configs/tiny_base.yaml
+  $python $recipe/keep_model.py $work/runs/tiny-base/subjects/icons/model $work/model
 }
 
 case ${1:-all} in
@@ -48,7 +49,7 @@ case ${1:-all} in
     fetch
     draw
     train
-    $python $recipe/check.py $work/pictures/noto --model $work/runs/tiny-base/subjects/icons/model
+    $python $recipe/check.py $work/pictures/noto --model $work/model
     ;;
   check)
     fetch

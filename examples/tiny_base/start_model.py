@@ -16,10 +16,11 @@ from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 from diffusers.schedulers.scheduling_ddim import DDIMScheduler
 from diffusers.schedulers.scheduling_ddpm import DDPMScheduler
+from parts import TEXT_CONFIG, UNET_CONFIG, drawn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from disttrain.models.parts import BaseModel
-from disttrain.models.tiny import SCHEDULE, TEXT_CONFIG, UNET_CONFIG, drawn
+from disttrain.models.single_file import SCHEDULE
 from disttrain.models.vocabulary import clip_tokenizer
 
 PREDICTION = {"prediction_type": "v_prediction"}
@@ -30,14 +31,12 @@ def start_model(autoencoder: Path) -> BaseModel:
     """The model before its first step."""
     load: Any = AutoencoderKL.from_pretrained
     vae = load(autoencoder, local_files_only=True)
-    channels = vae.config["latent_channels"]
-    unet = {**UNET_CONFIG, "in_channels": channels, "out_channels": channels}
     return BaseModel(
         name="start of the tiny base",
         family="sd1",
         tokenizer=clip_tokenizer(),
         text_encoder=drawn("text_encoder", lambda: CLIPTextModel(CLIPTextConfig(**TEXT_CONFIG))),
-        unet=drawn("unet", lambda: UNet2DConditionModel(**unet)),
+        unet=drawn("unet", lambda: UNet2DConditionModel(**UNET_CONFIG)),
         scheduler=DDPMScheduler(**SCHEDULE, **PREDICTION),
         pipeline_scheduler=DDIMScheduler(**SCHEDULE, **PREDICTION, set_alpha_to_one=False),
         vae_source=lambda: vae,

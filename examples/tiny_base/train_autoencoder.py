@@ -17,13 +17,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from parts import drawn
 from torch import Tensor, nn
 from torch.nn import functional
 
 from disttrain import randomness
 from disttrain.data.images import decode
 from disttrain.files import atomic_writer, write_json
-from disttrain.models.tiny import drawn
 
 SETTINGS = {
     "sample_size": 64,

@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
 from fidelity import METHODS, run_tree
 
 from disttrain.config_file import parse_config
@@ -38,18 +37,6 @@ def long_tree(method: str, steps: int | None, output: Path) -> dict[str, Any]:
     tree["train"] |= {"max_steps": most, "checkpoint_every": max(1, most // STATES)}
     tree["train"]["keep_checkpoints"] = STATES + 1
     return tree
-
-
-def scored_again(run: Path, seed: int) -> list[SubjectScores]:
-    """Every subject's states, drawn with other seeds."""
-    path = run / "config.yaml"
-    text = path.read_text(encoding="utf-8")
-    tree = yaml.safe_load(text)
-    tree["score"]["seed"] = seed
-    path.write_text(yaml.safe_dump(tree), encoding="utf-8")
-    found = list(score(run, ScoreRequest()))
-    path.write_text(text, encoding="utf-8")
-    return found
 
 
 def row_of(chosen: SubjectScores, again: SubjectScores) -> dict[str, Any]:
@@ -88,8 +75,9 @@ def main() -> None:
             started = time.monotonic()
             train(config)
             run = Path(folder) / config.name
-            pairs = zip(score(run, ScoreRequest()), scored_again(run, OTHER_SEED), strict=True)
-            for chosen, again in pairs:
+            found = list(score(run, ScoreRequest()))
+            others = score(run, ScoreRequest(seed=OTHER_SEED))
+            for chosen, again in zip(found, others, strict=True):
                 row = {"method": method, **row_of(chosen, again)}
                 rows.append(row)
                 print(

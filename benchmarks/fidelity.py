@@ -1,7 +1,7 @@
 """Are subjects learned? Every example subject, by every method, with three seeds.
 
     python benchmarks/fidelity.py --output benchmarks/results/fidelity.json
-    python benchmarks/fidelity.py --methods lora --seeds 1 --steps 20        # a quick look
+    python benchmarks/fidelity.py --methods LoRA --seeds 1 --steps 20        # a quick look
 
 Trains each method's example config, changed as METHODS says, on the five example subjects and
 scores every saved state against the held-out pictures. A row of the table is a method and a

@@ -62,6 +62,7 @@ SURFACE: dict[str, list[tuple[str, Any, Any, bool, Any]]] = {
         ("--subject", None, "", False, None),
         ("--pictures", None, None, False, int),
         ("--steps", None, None, False, int),
+        ("--seed", None, None, False, int),
         ("--features", None, "", False, None),
         ("--held-out", None, "", False, None),
         ("--clip", None, "", False, None),

@@ -123,6 +123,9 @@ def test_the_same_run_gives_the_same_numbers(runs: Copies) -> None:
     quick = ("--pictures", "1", "--steps", "1")
     first = scored(runs["lora"], *quick)
     assert scored(runs["lora"], *quick) == first
+    other = scored(runs["lora"], *quick, "--seed", "7")
+    assert (first["seed"], other["seed"]) == (0, 7)
+    assert other["before"]["subject"] != first["before"]["subject"]
 
 
 def test_without_held_out_pictures_it_says_so(
@@ -319,9 +322,8 @@ def test_pictures_are_compared_as_the_base_keeps_them(runs: Copies) -> None:
     change(run, through_autoencoder=True)
     (member,) = members_of(run, "")
     bench = Bench(member, ScoreRequest())
-    bench.others.append(
-        bench.main
-    )  # what is only reported is compared with the pictures themselves
+    # What is only reported is compared with the pictures themselves.
+    bench.others.append(bench.main)
     beside = score_subject(run, member, bench).before.others["EffNet-I"]
     assert beside == pytest.approx(true["before"]["subject"], abs=1e-6)
     assert (kept["through_autoencoder"], true["through_autoencoder"]) == (True, False)
@@ -345,6 +347,7 @@ def test_pictures_are_compared_as_the_base_keeps_them(runs: Copies) -> None:
         (["RUN", "--subject", "owl"], "--subject: owl is not in this run; it has fox"),
         (["RUN", "--pictures", "0"], "--pictures: 0 is impossible"),
         (["RUN", "--steps", "0"], "--steps: 0 is impossible"),
+        (["RUN", "--seed", "-1"], "--seed: -1 is impossible"),
         (["RUN", "--held-out", "no/where"], "no/where: no such folder or index"),
         (["RUN", "--features", "no/where"], "score.features: 'no/where'"),
         (["RUN", "--clip", "no/where"], "score.features: 'no/where'"),

@@ -42,6 +42,11 @@ def draw_settings(member: RunConfig, base: BaseModel) -> DrawSettings:
     return DrawSettings(score.steps, score.guidance_scale, side, side)
 
 
+def spread_evenly(count: int, most: int) -> list[int]:
+    """At most `most` numbers from 0 to `count - 1`, rising, the first and the last among them."""
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
+
+
 def as_base_keeps(member: RunConfig, pictures: np.ndarray, vae: AutoencoderKL) -> np.ndarray:
     """The pictures `[M, H, W, 3]` that likeness is measured to, as score.through_autoencoder says:
     what a base cannot draw at all is no fault of what it was taught."""
@@ -60,9 +65,8 @@ def compared_pictures(member: RunConfig) -> tuple[Against, np.ndarray]:
     place = subject.held_out or subject.images
     source = open_source(place, source_options(member))
     count, side = len(source.records), member.data.resolution
-    chosen = np.unique(np.linspace(0, count - 1, min(count, MOST_COMPARED)).round().astype(int))
     pictures = []
-    for number in chosen.tolist():
+    for number in spread_evenly(count, MOST_COMPARED):
         where = f"{source.where}: {source.records[number].key}"
         picture = decode(source.read(number), where, at_least=(side, side))
         pictures.append(fit(picture.pixels, side, side))

@@ -63,6 +63,9 @@ def add_score(score: argparse.ArgumentParser) -> None:
         "--steps", type=int, metavar="N", help="denoising steps; default: score.steps"
     )
     score.add_argument(
+        "--seed", type=int, metavar="N", help="of the first picture; default: score.seed"
+    )
+    score.add_argument(
         "--features", default="", metavar="MODEL", help="what decides; default: score.features"
     )
     score.add_argument(
@@ -88,6 +91,7 @@ def run_score(options: argparse.Namespace) -> int:
         subject=options.subject,
         pictures=options.pictures,
         steps=options.steps,
+        seed=options.seed,
         features=options.features,
         held_out=options.held_out,
         clip=options.clip,

@@ -56,6 +56,7 @@ class ScoreRequest:
     """Name of the subject; empty: all."""
     pictures: int | None = None
     steps: int | None = None
+    seed: int | None = None
     features: str = ""
     held_out: str = ""
     """Pictures of the subject that training did not see; of one subject."""
@@ -145,14 +146,19 @@ def members_of(run: Path, name: str) -> list[RunConfig]:
 
 def changed(member: RunConfig, request: ScoreRequest) -> RunConfig:
     """A member's settings with what the command line changes of them."""
-    for option, value in (("--pictures", request.pictures), ("--steps", request.steps)):
-        if value is not None and value < 1:
-            raise ConfigError(f"{option}: {value} is impossible; it must be at least 1")
+    for option, value, low in (
+        ("--pictures", request.pictures, 1),
+        ("--steps", request.steps, 1),
+        ("--seed", request.seed, 0),
+    ):
+        if value is not None and value < low:
+            raise ConfigError(f"{option}: {value} is impossible; it must be at least {low}")
     old = member.score
     new = replace(
         old,
         pictures=old.pictures if request.pictures is None else request.pictures,
         steps=old.steps if request.steps is None else request.steps,
+        seed=old.seed if request.seed is None else request.seed,
         features=request.features or old.features,
     )
     (subject,) = member.subjects

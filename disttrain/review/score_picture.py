@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from disttrain.data.images import encode_png, tile
+from disttrain.engine.compared_pictures import spread_evenly
 
 COLUMNS = 8
 STATES = 6
@@ -36,24 +37,12 @@ def grid_of(pictures: SubjectPictures, steps: Sequence[int], picked: int) -> byt
     Args:
         steps: of each state, rising; `picked` is one of them.
     """
-    spread = np.linspace(0, len(steps) - 1, min(STATES, len(steps))).round().astype(int)
-    shown = sorted({*spread.tolist(), list(steps).index(picked)})
-    rows = [("subject", pictures.wanted), ("before", pictures.before)]
-    for number in shown:
+    columns = spread_evenly(len(pictures.before), COLUMNS)
+    rows = {"subject": pictures.wanted[:COLUMNS], "before": pictures.before[columns]}
+    for number in sorted({*spread_evenly(len(steps), STATES), list(steps).index(picked)}):
         mark = " picked" if steps[number] == picked else ""
-        rows.append((f"step {steps[number]}{mark}", pictures.states[number]))
-    columns = _columns(len(pictures.before))
-    chosen = [
-        (label, own[:COLUMNS] if i == 0 else own[columns]) for i, (label, own) in enumerate(rows)
-    ]
-    return encode_png(
-        tile([_enlarged(own) for _, own in chosen], row_labels=[r for r, _ in chosen])
-    )
-
-
-def _columns(drawn: int) -> list[int]:
-    """Which drawn pictures are shown, spread evenly over the prompts."""
-    return np.linspace(0, drawn - 1, min(COLUMNS, drawn)).round().astype(int).tolist()
+        rows[f"step {steps[number]}{mark}"] = pictures.states[number][columns]
+    return encode_png(tile([_enlarged(own) for own in rows.values()], row_labels=list(rows)))
 
 
 def _enlarged(pictures: np.ndarray) -> list[np.ndarray]:

@@ -127,8 +127,12 @@ def forget_accelerate() -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """One finished small run per method, with previews."""
     output = tmp_path_factory.mktemp("trained")
-    preview = {"sample_prompts": ["a photo of {token}"], "sample_every": 3, "sample_steps": 4}
-    preview["sample_guidance_scale"] = 4.0
+    preview = {
+        "sample_prompts": ["a photo of {token}"],
+        "sample_every": 3,
+        "sample_steps": 4,
+        "sample_guidance_scale": 4.0,
+    }
     return {method: train_here(small_config(method, output, **preview)) for method in METHODS}
 
 
